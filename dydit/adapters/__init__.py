@@ -1,0 +1,1 @@
+"""Facts about the architectures that can be converted."""

@@ -1,0 +1,44 @@
+"""The project's own ``DiT``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.models.blocks import Block, Conditioning, Modulation
+from dydit.models.dit import DiT
+from dydit.shapes import ModelShape
+
+
+class DiTAdapter:
+    """Facts of ``dydit.models.dit.DiT``, every conditioning design."""
+
+    def shape(self, model: DiT) -> ModelShape:
+        return model.shape
+
+    def blocks(self, model: DiT) -> nn.ModuleList:
+        return model.blocks
+
+    def timestep_embedding(self, model: DiT, t: Tensor) -> Tensor:
+        return model.t_embedder(t)
+
+    def embed(self, model: DiT, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
+        return model.embed(x, t, y)
+
+    def decode(self, model: DiT, tokens: Tensor, cond: Conditioning) -> Tensor:
+        return model.decode(tokens, cond)
+
+    def modulation(self, block: Block, cond: Conditioning) -> Modulation:
+        return block.modulation(cond)
+
+    def norms(self, block: Block) -> tuple[nn.Module, nn.Module]:
+        return block.norm1, block.norm2
+
+    def attention(self, block: Block) -> AttentionParts:
+        return AttentionParts((block.attn.qkv,), block.attn.proj, block.attn.num_heads)
+
+    def cross(self, block: Block, tokens: Tensor, cond: Conditioning) -> Tensor:
+        return block.cross(tokens, cond)
+
+    def mlp(self, block: Block) -> MlpParts:
+        return MlpParts(block.mlp.fc1, block.mlp.act, block.mlp.fc2)

@@ -1,0 +1,45 @@
+"""Which adapter speaks for which model class. A new architecture is one file and one row here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from dydit.adapters.base import Adapter
+from dydit.errors import ShapeError
+
+# Class name -> (module and class of the model, module and class of its adapter); imported on first use.
+ADAPTERS = {
+    "DiT": ("dydit.models.dit:DiT", "dydit.adapters.dit:DiTAdapter"),
+}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model's class, or of its nearest base class that has one.
+
+    Raises:
+        ShapeError: there is none; names the supported classes.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in ADAPTERS:
+            return _resolve(ADAPTERS[cls.__name__][1])()
+    raise ShapeError(f"model of class {type(model).__name__}", expected="one of " + ", ".join(ADAPTERS),
+                     remedy="write an adapter (docs/architecture.md)")  # fmt: skip
+
+
+def build_backbone(class_name: str, config: dict[str, Any]) -> nn.Module:
+    """A backbone with fresh weights from its class name and constructor arguments.
+
+    Raises:
+        ShapeError: the class is not supported.
+    """
+    if class_name not in ADAPTERS:
+        raise ShapeError(f"backbone of class {class_name!r}", expected="one of " + ", ".join(ADAPTERS))
+    return _resolve(ADAPTERS[class_name][0])(**config)
+
+
+def _resolve(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,1 @@
+"""Compute: analytic and counted MACs, measured time."""

@@ -1,0 +1,133 @@
+"""Closed-form compute of a DiT and of its subnetworks, in MACs (1 MAC = 1 multiply-add = 2 FLOPs).
+
+The conventions are fvcore's, so that counted and analytic figures agree to the last MAC: a linear layer
+counts in × out per token, attention counts its two matrix products, a layer norm counts 4 per element
+(5 with an affine part); activations, softmax and other elementwise work count nothing.
+
+The formulas are polynomials in the number of active heads, active groups and kept tokens, so the same
+functions take Python integers (reports) and tensors (the compute loss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dydit.shapes import FREQUENCY_SIZE, ModelShape
+
+NORM_MACS = 4  # fvcore's count per element of a layer norm without affine part
+AFFINE_NORM_MACS = 5
+
+# Rows of D that a block regresses from the conditioning vector: shift, scale (and gate), twice.
+MODULATION_ROWS = {"adaln": 4, "adaln_zero": 6}
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """Outputs and widths of one block's routers; 0 where a router is absent.
+
+    Args:
+        head_scores: scores of the head router (H, or H−1 with an always-on head).
+        group_scores: scores of the MLP group router.
+        token_hidden: hidden units of the token router.
+    """
+
+    head_scores: int = 0
+    group_scores: int = 0
+    token_hidden: int = 0
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """MACs of one block for one sample, as a polynomial in what is active.
+
+    ``executed(h, g, k) = fixed + per_head·h + per_token·k + per_token_group·g·k``, where a sample without a
+    kept token runs no part of the MLP.
+    """
+
+    fixed: int
+    per_head: int
+    per_token: int
+    per_token_group: int
+
+    def executed(self, heads: Any, groups: Any, tokens: Any) -> Any:
+        """MACs with ``heads`` active heads, ``groups`` active groups and ``tokens`` kept tokens."""
+        return (
+            self.fixed + self.per_head * heads + self.per_token * tokens
+            + self.per_token_group * groups * tokens
+        )  # fmt: skip
+
+
+def block_cost(shape: ModelShape, routers: RouterShape | None = None) -> BlockCost:
+    """Cost of one block; with ``routers`` their own MACs are part of ``fixed``."""
+    N, D = shape.tokens, shape.hidden_size
+    routers = routers or RouterShape()
+    fixed = _conditioning_macs(shape) + norm_macs(shape) * N * D + _cross_attention_macs(shape)
+    fixed += D * (routers.head_scores + routers.group_scores)
+    fixed += N * routers.token_hidden * (D + 1)
+    return BlockCost(
+        fixed=fixed,
+        per_head=4 * N * D * shape.head_dim + 2 * N * N * shape.head_dim,
+        per_token=norm_macs(shape) * D,
+        per_token_group=2 * D * shape.group_size,
+    )
+
+
+def outer_macs(shape: ModelShape) -> int:
+    """MACs per sample outside the blocks: patch embedding, conditioning and decoder."""
+    return patch_embedding_macs(shape) + embedding_macs(shape) + decoder_macs(shape)
+
+
+def static_macs(shape: ModelShape) -> int:
+    """MACs per sample of the static backbone: every head, group and token, no routers."""
+    full = block_cost(shape).executed(shape.num_heads, shape.mlp_groups, shape.tokens)
+    return outer_macs(shape) + shape.depth * full
+
+
+def norm_macs(shape: ModelShape) -> int:
+    """MACs per element of a block's layer norm."""
+    return AFFINE_NORM_MACS if has_affine_norms(shape.conditioning) else NORM_MACS
+
+
+def has_affine_norms(conditioning: str) -> bool:
+    """Whether the layer norms carry their own scale and shift (no design regresses them)."""
+    return conditioning in ("in_context", "cross_attention")
+
+
+def patch_embedding_macs(shape: ModelShape) -> int:
+    """MACs of the linear embedding of the patches."""
+    rows, columns = shape.grid
+    return rows * columns * shape.hidden_size * shape.in_channels * shape.patch_size**2
+
+
+def embedding_macs(shape: ModelShape) -> int:
+    """MACs of the timestep MLP and, with text, of the shared modulation and the caption projection."""
+    D = shape.hidden_size
+    macs = FREQUENCY_SIZE * D + D * D
+    if shape.conditioning == "adaln_single":
+        macs += 6 * D * D + shape.context_length * (shape.context_dim * D + D * D)
+    return macs
+
+
+def decoder_macs(shape: ModelShape) -> int:
+    """MACs of the final norm, its modulation and the projection to pixels."""
+    D = shape.hidden_size
+    patches = shape.tokens - shape.extra_tokens
+    modulation = 2 * D * D if shape.conditioning in MODULATION_ROWS else 0
+    return patches * D * (norm_macs(shape) + shape.out_channels * shape.patch_size**2) + modulation
+
+
+def _conditioning_macs(shape: ModelShape) -> int:
+    return MODULATION_ROWS.get(shape.conditioning, 0) * shape.hidden_size**2
+
+
+def _cross_attention_macs(shape: ModelShape) -> int:
+    """Norm (cross_attention only), query and output on N tokens, key and value on the context, products."""
+    N, D = shape.tokens, shape.hidden_size
+    if shape.conditioning == "cross_attention":
+        length, norm = 2, AFFINE_NORM_MACS
+    elif shape.conditioning == "adaln_single":
+        length, norm = shape.context_length, 0
+    else:
+        return 0
+    return norm * N * D + 2 * N * D * D + 2 * length * D * D + 2 * N * length * D

@@ -1,0 +1,1 @@
+"""The trained form: a backbone with routers whose masks multiply."""

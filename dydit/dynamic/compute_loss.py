@@ -1,0 +1,53 @@
+"""The compute that a routing executes, as a differentiable share of the static backbone's."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from dydit.config import DyDiTConfig
+from dydit.costs import BlockCost, RouterShape, block_cost, outer_macs, static_macs
+from dydit.routing.routers import router_shape
+from dydit.routing.routing import Routing
+from dydit.shapes import ModelShape
+
+
+def deployed_cost(shape: ModelShape, config: DyDiTConfig) -> BlockCost:
+    """Cost of one deployed block: its width is known beforehand, so only the token router runs."""
+    return block_cost(shape, RouterShape(token_hidden=router_shape(shape, config).token_hidden))
+
+
+def compute_ratio(shape: ModelShape, config: DyDiTConfig, routing: Routing) -> Tensor:
+    """Executed over static MACs of each sample, (B,), differentiable in the gates.
+
+    Counts what the engine executes: embeddings and decoder, active heads, active groups × kept tokens, and
+    the token routers. (DyDiT's compute loss, with the constants of the model at hand.)
+    """
+    cost = deployed_cost(shape, config)
+    # float32 keeps the share exact to 1e-7 under autocast, where the gates may be bf16.
+    per_block = cost.executed(
+        routing.heads.float().sum(-1), routing.groups.float().sum(-1), routing.tokens.float().sum(-1)
+    )  # (B, L)
+    return (outer_macs(shape) + per_block.sum(-1)) / static_macs(shape)
+
+
+def minimum_ratio(shape: ModelShape, config: DyDiTConfig) -> float:
+    """Lowest share that routing can reach: the always-on components alone, no token kept."""
+    cost = deployed_cost(shape, config)
+    spared = int(config.always_on)
+    heads = spared if config.head_routing else shape.num_heads
+    groups = spared if config.mlp_routing else shape.mlp_groups
+    tokens = 0 if config.token_routing else shape.tokens
+    return (outer_macs(shape) + shape.depth * cost.executed(heads, groups, tokens)) / static_macs(shape)
+
+
+def compute_loss(ratio: Tensor, target: float) -> Tensor:
+    """(mean ratio − target)²; the mean is over the whole batch, on all ranks, before the square."""
+    return (ratio.mean() - target) ** 2
+
+
+def ramped_target(step: int, target: float, ramp_steps: int) -> float:
+    """The target at a step: from 1 down to ``target`` linearly over ``ramp_steps``."""
+    progress = 1.0 if ramp_steps <= 0 else min(1.0, step / ramp_steps)
+    return math.fsum((1.0, progress * (target - 1.0)))

@@ -1,0 +1,70 @@
+"""One block in its trained form: dense, with gates that multiply.
+
+Where the gates sit decides that slicing computes the same: a head's gate multiplies its attention output
+before the output projection; a group's gate multiplies its hidden units before the activation (act(0) = 0);
+a token's gate multiplies what the MLP adds to it. Biases of the output projections stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dydit.adapters.base import Adapter, AttentionParts, MlpParts
+from dydit.models.blocks import Conditioning, add_gated, modulate
+from dydit.routing.routers import BlockRouters
+
+
+def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> Tensor:
+    """Self-attention over x (B, N, D) with head gates (B, H); None = all on."""
+    B, N, _ = x.shape
+    projected = torch.cat([layer(x) for layer in parts.qkv], dim=-1) if len(parts.qkv) > 1 else parts.qkv[0](x)
+    q, k, v = projected.view(B, N, 3, parts.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+    attended = F.scaled_dot_product_attention(q, k, v)
+    if heads is not None:
+        attended = attended * heads[:, :, None, None]
+    return parts.out(attended.transpose(1, 2).reshape(B, N, -1))
+
+
+def masked_mlp(parts: MlpParts, x: Tensor, groups: Tensor | None) -> Tensor:
+    """MLP over x (B, N, D) with group gates (B, G); None = all on."""
+    hidden = parts.fc1(x)
+    if groups is not None:
+        hidden = (hidden.unflatten(-1, (groups.shape[1], -1)) * groups[:, None, :, None]).flatten(-2)
+    return parts.fc2(parts.act(hidden))
+
+
+def masked_block(
+    adapter: Adapter,
+    block: Any,
+    routers: BlockRouters,
+    x: Tensor,
+    cond: Conditioning,
+    heads: Tensor | None,
+    groups: Tensor | None,
+    tokens: Tensor | None,
+    complete: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one block on tokens x (B, N, D).
+
+    Args:
+        heads: gates (B, H), groups: gates (B, G); None = all on.
+        tokens: gates (B, N) to use; None lets the token router decide.
+        complete: ignore the token router; every token enters the MLP.
+
+    Returns:
+        The tokens (B, N, D) and the token gates (B, N) that were used, None when complete.
+    """
+    norm1, norm2 = adapter.norms(block)
+    m = adapter.modulation(block, cond)
+    attended = masked_attention(adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), heads)
+    x = adapter.cross(block, add_gated(x, attended, m.gate_attn), cond)
+    if not complete and tokens is None:
+        tokens = routers.token_gates(x)
+    update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), groups)
+    if tokens is not None:
+        update = update * tokens.unsqueeze(-1)
+    return add_gated(x, update, m.gate_mlp), tokens

@@ -1,0 +1,1 @@
+"""The schedule: which subnetwork runs at which timestep."""

@@ -1,0 +1,176 @@
+"""SubnetSchedule: one static subnetwork per sampling timestep.
+
+The width of a DyDiT depends on the timestep alone, so it is known before any sampling. The schedule holds
+it as rows of distinct (head mask, group mask) pairs and, per timestep and block, the index of its row;
+timesteps that share a subnetwork share its packed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from dydit.config import DyDiTConfig
+from dydit.costs import outer_macs
+from dydit.dynamic.compute_loss import deployed_cost
+from dydit.dynamic.dydit import DyDiT
+from dydit.errors import ScheduleError
+from dydit.export.fingerprint import weights_sha256
+from dydit.shapes import ModelShape
+
+
+@dataclass(frozen=True, eq=False)
+class SubnetSchedule:
+    """Subnetworks of a model for a sampler's timesteps.
+
+    Attributes:
+        timesteps: (S,) in the sampler's order, in the model's units (0..1000).
+        head_rows, group_rows: distinct masks, bool (U, H) and (U, G); row u is one pair.
+        rows: index (S, L) of each timestep's and block's pair.
+        shape: the model's shape.
+        routing: how the model routes; its token threshold is part of the subnetwork.
+        weights: sha256 of the weights the schedule was made from.
+        sampler: settings of the sampler, for the record and for ``dydit sample``.
+    """
+
+    timesteps: tuple[float, ...]
+    head_rows: np.ndarray
+    group_rows: np.ndarray
+    rows: np.ndarray
+    shape: ModelShape
+    routing: DyDiTConfig
+    weights: str
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_model(
+        cls, model: DyDiT, timesteps: Sequence[float] | torch.Tensor, sampler: dict[str, Any] | None = None
+    ) -> SubnetSchedule:
+        """Read the subnetworks of ``model`` at ``timesteps`` (S,) off its width routers.
+
+        Raises:
+            ScheduleError: no timestep, or one twice.
+        """
+        steps = [float(t) for t in timesteps]
+        if not steps or len(set(steps)) != len(steps):
+            raise ScheduleError(f"{len(steps)} timesteps, {len(set(steps))} of them distinct",
+                                expected="at least one, each once")  # fmt: skip
+        heads, groups = _width_masks(model, steps)
+        pairs = np.concatenate([heads, groups], axis=-1)  # (S, L, H+G)
+        distinct, index = np.unique(pairs.reshape(-1, pairs.shape[-1]), axis=0, return_inverse=True)
+        H = model.shape.num_heads
+        return cls(
+            timesteps=tuple(steps),
+            head_rows=distinct[:, :H],
+            group_rows=distinct[:, H:],
+            rows=index.reshape(pairs.shape[:2]).astype(np.int32),
+            shape=model.shape,
+            routing=model.routing_config,
+            weights=weights_sha256(model),
+            sampler=dict(sampler or {}),
+        )
+
+    @property
+    def heads(self) -> np.ndarray:
+        """Head masks, bool (S, L, H)."""
+        return self.head_rows[self.rows]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Group masks, bool (S, L, G)."""
+        return self.group_rows[self.rows]
+
+    @cached_property
+    def subnetworks_by_block(self) -> tuple[int, ...]:
+        """Number of distinct subnetworks of each block (L,)."""
+        return tuple(len(np.unique(self.rows[:, block])) for block in range(self.shape.depth))
+
+    def index_of(self, timestep: float) -> int:
+        """Position of a timestep in the schedule.
+
+        Raises:
+            ScheduleError: the schedule does not hold it.
+        """
+        position = self._positions.get(_key(timestep))
+        if position is None:
+            raise ScheduleError(
+                f"timestep {timestep:g}",
+                expected=f"one of the schedule's {len(self.timesteps)} ({_abridged(self.timesteps)})",
+                remedy="export again for the sampler and number of steps that you sample with",
+            )
+        return position
+
+    def macs_per_timestep(self, kept_tokens: np.ndarray | None = None) -> np.ndarray:
+        """MACs per sample at each timestep (S,), as the engine executes them.
+
+        Args:
+            kept_tokens: mean number of kept tokens (S, L); None = all of them, the upper bound.
+        """
+        tokens = self.shape.tokens if kept_tokens is None else kept_tokens
+        cost = deployed_cost(self.shape, self.routing)
+        blocks = cost.executed(self.heads.sum(-1), self.groups.sum(-1), tokens)  # (S, L)
+        return outer_macs(self.shape) + blocks.sum(-1)
+
+    def save(self, folder: str) -> None:
+        """Write ``schedule.safetensors`` and ``manifest.json`` into a folder (see ``export.artefact``)."""
+        from dydit.export.artefact import save_schedule
+
+        save_schedule(self, folder)
+
+    @classmethod
+    def load(cls, folder: str) -> SubnetSchedule:
+        """Read and check what ``save`` wrote (see ``export.artefact``)."""
+        from dydit.export.artefact import load_schedule
+
+        return load_schedule(folder)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What ``manifest.json`` says of this schedule, all of it plain JSON values."""
+        return {
+            "architecture": "DyDiT",
+            "shape": asdict(self.shape) | {"sample_size": list(self.shape.sample_size)},
+            "routing": self.routing.model_dump(),
+            "timesteps": list(self.timesteps),
+            "sampler": self.sampler,
+            "thresholds": {
+                "width": self.routing.threshold, "tokens": self.routing.token_threshold
+            },
+            "subnetworks_by_block": list(self.subnetworks_by_block),
+            "macs_per_timestep_all_tokens": [int(m) for m in self.macs_per_timestep()],
+            "weights_sha256": self.weights,
+        }  # fmt: skip
+
+    @cached_property
+    def _positions(self) -> dict[float, int]:
+        return {_key(t): i for i, t in enumerate(self.timesteps)}
+
+
+@torch.no_grad()
+def _width_masks(model: DyDiT, timesteps: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Deployed masks of heads (S, L, H) and groups (S, L, G): thresholded, without noise."""
+    training = model.training
+    try:
+        model.eval()
+        device = next(model.parameters()).device
+        embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(timesteps, device=device))
+        heads, groups = model.width_gates(embedding)
+    finally:
+        model.train(training)
+    return heads.bool().cpu().numpy(), groups.bool().cpu().numpy()
+
+
+def _key(timestep: float) -> float:
+    """Timesteps are looked up as float32, which is what reaches a model."""
+    return float(np.float32(timestep))
+
+
+def _abridged(timesteps: tuple[float, ...]) -> str:
+    if len(timesteps) <= 6:
+        return ", ".join(f"{t:g}" for t in timesteps)
+    return f"{timesteps[0]:g}, {timesteps[1]:g}, … {timesteps[-1]:g}"

@@ -1,0 +1,127 @@
+"""Writing files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from dydit.errors import OutputError
+
+
+def write_file(path: str | Path, data: bytes | str) -> None:
+    """Write a file under a temporary name, sync it and rename it into place.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    path = Path(path)
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_folder(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
+    """Write a set of files as one folder (see ``new_folder``).
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    with new_folder(folder) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block ends without an error.
+
+    Everything in it is synced first. A folder that was there before is replaced whole.
+
+    Raises:
+        OutputError: the place cannot be written, or holds something that is not a folder.
+    """
+    folder = Path(folder)
+    with _output_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file", expected="a folder to write", remedy="choose another --out")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            _swap(temporary, folder)
+            _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make sure, before hours of work, that ``folder`` can be made and written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    folder = Path(folder)
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Rename ``temporary`` to ``folder``; what was there leaves only once the new one is in place."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.rename(folder, old / "was")
+    try:
+        os.rename(temporary, folder)
+    except BaseException:
+        os.rename(old / "was", folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror or error})",
+                          remedy="choose a folder that exists, is yours and has room") from error  # fmt: skip
+
+

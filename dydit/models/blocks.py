@@ -1,0 +1,168 @@
+"""Transformer blocks of the five conditioning designs, put together from the same few parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+
+from dydit.costs import MODULATION_ROWS, has_affine_norms
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the blocks are conditioned on.
+
+    Attributes:
+        timestep: timestep embedding (B, D); all that a width router may read.
+        vector: timestep plus label embedding (B, D); None where the label enters as tokens.
+        shared: modulation (B, 6, D) regressed once for all blocks (adaln_single), else None.
+        context: tokens (B, M, D) that cross-attention reads, else None.
+        context_mask: (B, 1, 1, M) bool, True where a context token counts; None = all.
+    """
+
+    timestep: Tensor
+    vector: Tensor | None = None
+    shared: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditioning of the samples at ``index`` (K,)."""
+        fields = (self.timestep, self.vector, self.shared, self.context, self.context_mask)
+        return Conditioning(*(None if f is None else f[index] for f in fields))  # type: ignore[arg-type]
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of the attention and of the MLP branch, each (B, D) or None."""
+
+    shift_attn: Tensor | None = None
+    scale_attn: Tensor | None = None
+    gate_attn: Tensor | None = None
+    shift_mlp: Tensor | None = None
+    scale_mlp: Tensor | None = None
+    gate_mlp: Tensor | None = None
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None."""
+    if shift is None or scale is None:
+        return x
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """Residual x + gate·branch over (B, N, D), with gate (B, D) or None."""
+    return x + branch if gate is None else torch.addcmul(x, gate.unsqueeze(1), branch)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the image tokens to context tokens."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from x (B, N, D) to context (B, M, D); mask (B, 1, 1, M) is True where a token counts."""
+        B, N, D = x.shape
+        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, d)
+        k, v = self.kv(context).view(B, -1, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(attended.transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    """One transformer block: attention, optional cross-attention, MLP, each on a residual.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        mlp_hidden: hidden units of the MLP.
+        conditioning: design of the conditioning (``dydit.shapes.CONDITIONINGS``).
+        mlp_norm_eps: epsilon of the MLP's layer norm (1e-6 in the DiT paper's models).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_hidden: int,
+        conditioning: str,
+        mlp_norm_eps: float = NORM_EPS,
+    ) -> None:
+        super().__init__()
+        affine = has_affine_norms(conditioning)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=affine)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=mlp_norm_eps, elementwise_affine=affine)
+        self.mlp = Mlp(hidden_size, mlp_hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.conditioning = conditioning
+        if conditioning in MODULATION_ROWS:
+            rows = MODULATION_ROWS[conditioning]
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size))
+        if conditioning == "adaln_single":
+            self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
+        if conditioning == "cross_attention":
+            self.norm_cross = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        if conditioning in ("cross_attention", "adaln_single"):
+            self.cross_attn = CrossAttention(hidden_size, num_heads)
+
+    def modulation(self, cond: Conditioning) -> Modulation:
+        """Shift, scale and gate of both branches, by the block's conditioning design."""
+        if self.conditioning == "adaln_zero":
+            return Modulation(*self.adaLN_modulation(cond.vector).chunk(6, dim=1))
+        if self.conditioning == "adaln":
+            shift_attn, scale_attn, shift_mlp, scale_mlp = self.adaLN_modulation(cond.vector).chunk(4, dim=1)
+            return Modulation(shift_attn, scale_attn, None, shift_mlp, scale_mlp, None)
+        if self.conditioning == "adaln_single":
+            assert cond.shared is not None
+            return Modulation(*(self.scale_shift_table + cond.shared).unbind(1))
+        return Modulation()
+
+    def cross(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """Cross-attention on its residual; x (B, N, D) itself where the design has none."""
+        if cond.context is None:
+            return x
+        query = self.norm_cross(x) if self.conditioning == "cross_attention" else x
+        return x + self.cross_attn(query, cond.context, cond.context_mask)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """Tokens x (B, N, D) to tokens (B, N, D)."""
+        m = self.modulation(cond)
+        x = add_gated(x, self.attn(modulate(self.norm1(x), m.shift_attn, m.scale_attn)), m.gate_attn)
+        x = self.cross(x, cond)
+        return add_gated(x, self.mlp(modulate(self.norm2(x), m.shift_mlp, m.scale_mlp)), m.gate_mlp)
+
+
+class FinalLayer(nn.Module):
+    """Final (adaptive) layer norm and projection of each token to its P·P·C_out pixels."""
+
+    def __init__(self, hidden_size: int, patch_outputs: int, conditioning: str) -> None:
+        super().__init__()
+        affine = has_affine_norms(conditioning)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=affine)
+        self.linear = nn.Linear(hidden_size, patch_outputs)
+        self.conditioning = conditioning
+        if conditioning in MODULATION_ROWS:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        if conditioning == "adaln_single":
+            self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """Tokens x (B, N, D) to patches (B, N, P·P·C_out)."""
+        shift = scale = None
+        if self.conditioning in MODULATION_ROWS:
+            shift, scale = self.adaLN_modulation(cond.vector).chunk(2, dim=1)
+        elif self.conditioning == "adaln_single":
+            shift, scale = (self.scale_shift_table + cond.timestep.unsqueeze(1)).unbind(1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,1 @@
+"""Routing decisions: gates, routers and the movement of tokens."""

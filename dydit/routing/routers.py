@@ -1,0 +1,111 @@
+"""The routers of one block: timestep -> heads and groups (TDW), token -> MLP or not (SDT)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dydit.config import DyDiTConfig
+from dydit.costs import RouterShape
+from dydit.routing.gates import threshold_gate, training_gate
+from dydit.shapes import ModelShape
+
+
+class WidthRouter(nn.Module):
+    """One Linear from the timestep embedding to a score per component (DyDiT, equation of TDW).
+
+    Args:
+        hidden_size: D of the timestep embedding.
+        components: heads H or groups G.
+        always_on: the first component has no score and is always on.
+        open_bias: initial bias of the scores; large enough that everything is on at step 0.
+    """
+
+    def __init__(self, hidden_size: int, components: int, always_on: bool, open_bias: float) -> None:
+        super().__init__()
+        self.always_on = always_on
+        self.router = nn.Linear(hidden_size, components - int(always_on))
+        nn.init.zeros_(self.router.weight)
+        nn.init.constant_(self.router.bias, open_bias)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Logits (B, components) for timestep embeddings (B, D); +inf for what is always on."""
+        logits = self.router(timestep)
+        if not self.always_on:
+            return logits
+        return torch.cat([logits.new_full((logits.shape[0], 1), torch.inf), logits], dim=1)
+
+
+class TokenRouter(nn.Sequential):
+    """Linear, ReLU, Linear: one logit per token, from the tokens after the attention residual."""
+
+    def __init__(self, hidden_size: int, ratio: int, open_bias: float) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, token_hidden(hidden_size, ratio)),
+            nn.ReLU(),
+            nn.Linear(token_hidden(hidden_size, ratio), 1),
+        )
+        nn.init.zeros_(self[2].weight)
+        nn.init.constant_(self[2].bias, open_bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (..., N) for tokens (..., N, D)."""
+        return super().forward(tokens).squeeze(-1)
+
+
+def token_hidden(hidden_size: int, ratio: int) -> int:
+    """Hidden units of the token router: D/ratio, at least 1."""
+    return max(1, hidden_size // ratio)
+
+
+class BlockRouters(nn.Module):
+    """All routers of one block; a router that the config switches off is absent and its gates are open."""
+
+    def __init__(self, shape: ModelShape, config: DyDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = shape.hidden_size
+        self.head_router = self.group_router = self.token_router = None
+        if config.head_routing:
+            self.head_router = WidthRouter(D, shape.num_heads, config.always_on, config.open_bias)
+        if config.mlp_routing:
+            self.group_router = WidthRouter(D, shape.mlp_groups, config.always_on, config.open_bias)
+        if config.token_routing:
+            self.token_router = TokenRouter(D, config.token_router_ratio, config.token_open_bias)
+        self.num_heads, self.num_groups = shape.num_heads, shape.mlp_groups
+
+    def gate(self, logits: Tensor, threshold: float) -> Tensor:
+        """Gates of the logits: noisy and differentiable in training, thresholded in evaluation."""
+        if self.training:
+            return training_gate(logits, self.config.temperature)
+        return threshold_gate(logits, threshold)
+
+    def head_gates(self, timestep: Tensor) -> Tensor:
+        """Gates (B, H) from timestep embeddings (B, D)."""
+        return self._width_gates(self.head_router, timestep, self.num_heads)
+
+    def group_gates(self, timestep: Tensor) -> Tensor:
+        """Gates (B, G) from timestep embeddings (B, D)."""
+        return self._width_gates(self.group_router, timestep, self.num_groups)
+
+    def token_gates(self, tokens: Tensor) -> Tensor:
+        """Gates (B, N) from tokens (B, N, D)."""
+        if self.token_router is None:
+            return tokens.new_ones(tokens.shape[:-1])
+        return self.gate(self.token_router(tokens), self.config.token_threshold)
+
+    def _width_gates(self, router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
+        if router is None:
+            return timestep.new_ones(timestep.shape[0], components)
+        return self.gate(router(timestep), self.config.threshold)
+
+
+def router_shape(shape: ModelShape, config: DyDiTConfig) -> RouterShape:
+    """What the routers of one block cost (see ``dydit.costs``)."""
+    spared = int(config.always_on)
+    hidden = token_hidden(shape.hidden_size, config.token_router_ratio)
+    return RouterShape(
+        head_scores=shape.num_heads - spared if config.head_routing else 0,
+        group_scores=shape.mlp_groups - spared if config.mlp_routing else 0,
+        token_hidden=hidden if config.token_routing else 0,
+    )

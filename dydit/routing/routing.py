@@ -1,0 +1,47 @@
+"""What was decided in one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dydit.errors import ShapeError
+from dydit.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Gates of one forward, 1 = runs, 0 = does not (floats, so that gradients can pass).
+
+    Attributes:
+        heads: attention heads (B, L, H).
+        groups: MLP channel groups (B, L, G).
+        tokens: tokens that enter the MLP (B, L, N).
+    """
+
+    heads: Tensor
+    groups: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def complete(cls, shape: ModelShape, batch: int, like: Tensor) -> Routing:
+        """Everything on, with the dtype and device of ``like``."""
+
+        def ones(width: int) -> Tensor:
+            return torch.ones(batch, shape.depth, width, dtype=like.dtype, device=like.device)
+
+        return cls(ones(shape.num_heads), ones(shape.mlp_groups), ones(shape.tokens))
+
+    def check(self, shape: ModelShape, batch: int) -> None:
+        """Refuse gates that are not of the model's shape.
+
+        Raises:
+            ShapeError: names the gates that do not fit.
+        """
+        widths = {"heads": shape.num_heads, "groups": shape.mlp_groups, "tokens": shape.tokens}
+        for name, width in widths.items():
+            seen, expected = tuple(getattr(self, name).shape), (batch, shape.depth, width)
+            if seen != expected:
+                raise ShapeError(f"routing.{name} of shape {seen}", expected=str(expected))

@@ -1,0 +1,1 @@
+"""The deployed form: subnetworks that are sliced, tokens that are gathered."""

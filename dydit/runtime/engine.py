@@ -1,0 +1,136 @@
+"""SubnetEngine: the same call as the model, executed with sliced weights and gathered tokens."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dydit.dynamic.dydit import DyDiT
+from dydit.errors import ScheduleError, ShapeError
+from dydit.export.fingerprint import weights_sha256
+from dydit.export.schedule import SubnetSchedule
+from dydit.models.dit import check_latent
+from dydit.runtime.packing import (
+    PackCache,
+    PackedBlock,
+    PackStatistics,
+    block_bytes,
+    check_budget,
+    pack_block,
+)
+from dydit.runtime.sliced import SlicedBlock
+
+
+class SubnetEngine(nn.Module):
+    """Runs the subnetworks of a schedule. Never multiplies by a mask.
+
+    The weights are sliced when a subnetwork is first used, and kept under ``memory_budget``. Several threads
+    may call one engine. The model's weights must not change while an engine uses them.
+
+    Args:
+        model: the DyDiT that the schedule was exported from.
+        schedule: its subnetworks.
+        dtype: run in this dtype, on a converted copy of the model; None = the model's own.
+        memory_budget: bytes of packed weights to keep; None = one more copy of the block weights.
+        verify: compare the sha256 of the model's weights with the schedule's.
+
+    Raises:
+        ScheduleError: the schedule belongs to other weights.
+        ConfigError: the budget is smaller than one block.
+    """
+
+    def __init__(
+        self,
+        model: DyDiT,
+        schedule: SubnetSchedule,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        super().__init__()
+        if verify:
+            _check_weights(model, schedule)
+        if dtype is not None and dtype != next(model.parameters()).dtype:
+            model = nn.Module.to(copy.deepcopy(model), dtype)
+        self.model, self.schedule, self.shape = model, schedule, schedule.shape
+        adapter = model.adapter
+        blocks = adapter.blocks(model.backbone)
+        self._weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
+        sizes = [block_bytes(*weights) for weights in self._weights]
+        budget = sum(sizes) if memory_budget is None else memory_budget
+        check_budget(budget, max(sizes))
+        self._cache = PackCache(budget)
+        self.blocks = nn.ModuleList(
+            SlicedBlock(adapter, block, dynamic.routers.token_router, schedule.routing.token_threshold)
+            for block, dynamic in zip(blocks, model.dynamic_blocks, strict=True)
+        )
+
+    @property
+    def null_label(self) -> int:
+        """Label of the null class in classifier-free guidance."""
+        return self.model.null_label
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+        """Predict the noise of latents x (B, C, height, width) as the model in evaluation does.
+
+        Args:
+            x, y: as for the model.
+            t: timesteps (B,), or one number for the whole batch; each must be in the schedule. Samples of
+                different timesteps run in one subnetwork each. A tensor on an accelerator costs one sync:
+                pass a number where all samples share the timestep.
+
+        Raises:
+            ScheduleError: a timestep is not in the schedule.
+            ShapeError: latent of the wrong shape or dtype.
+        """
+        check_latent(x, self.shape)
+        if x.dtype != (dtype := next(self.model.parameters()).dtype):
+            raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            return self._run(self.schedule.index_of(float(t)), x, t, y)
+        steps = t.tolist()
+        if len(set(steps)) == 1:
+            return self._run(self.schedule.index_of(steps[0]), x, t, y)
+        output = None
+        for step in sorted(set(steps)):
+            position = self.schedule.index_of(step)
+            rows = torch.tensor([i for i, s in enumerate(steps) if s == step], device=x.device)
+            part = self._run(position, x[rows], t[rows.to(t.device)], y[rows])
+            output = part.new_empty(len(steps), *part.shape[1:]) if output is None else output
+            output[rows] = part
+        assert output is not None
+        return output
+
+    def pack_statistics(self) -> PackStatistics:
+        """Hits, misses, bytes and evictions of the packed weights."""
+        return self._cache.statistics()
+
+    def mac_scopes(self) -> dict[str, str]:
+        """Name of each block in a MAC report -> the submodule whose call it is."""
+        return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
+
+    def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+        """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
+        adapter, backbone = self.model.adapter, self.model.backbone
+        tokens, cond = adapter.embed(backbone, x, t, y)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, cond, self._packed(i, int(self.schedule.rows[position, i])))
+        return adapter.decode(backbone, tokens, cond)
+
+    def _packed(self, block: int, row: int) -> PackedBlock:
+        masks = self.schedule.head_rows[row], self.schedule.group_rows[row]
+        return self._cache.get((block, row), partial(pack_block, *self._weights[block], *masks))
+
+
+def _check_weights(model: DyDiT, schedule: SubnetSchedule) -> None:
+    seen = weights_sha256(model)
+    if seen != schedule.weights:
+        raise ScheduleError(
+            f"weights with sha256 {seen[:12]}…",
+            expected=f"{schedule.weights[:12]}…, which the schedule was exported from",
+            remedy="load those weights in the dtype of the export, or export again",
+        )

@@ -1,0 +1,114 @@
+"""The shape of a Diffusion Transformer: plain numbers, validated once, shared by every other part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dydit.errors import ShapeError
+
+CONDITIONINGS = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_single")
+
+# Tokens that a conditioning design appends to the sequence: in-context adds the timestep and the label.
+EXTRA_TOKENS = {"in_context": 2}
+
+# Width of the sinusoid that the timestep MLP reads (Peebles & Xie 2023).
+FREQUENCY_SIZE = 256
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Numbers that fix a DiT's parameters and compute.
+
+    Args:
+        sample_size: latent height and width.
+        patch_size: side P of a square patch; divides both.
+        in_channels: latent channels C.
+        out_channels: C, or 2C when the covariance is learned.
+        hidden_size: D; divisible by ``num_heads``.
+        depth: number of blocks L.
+        num_heads: attention heads H.
+        mlp_hidden: hidden units of the MLP; divisible by ``mlp_groups``.
+        mlp_groups: channel groups G of the MLP that are switched together.
+        num_classes: labels without the null class.
+        conditioning: one of ``CONDITIONINGS``.
+        context_dim: width of a text token (adaln_single only).
+        context_length: number of text tokens (adaln_single only).
+    """
+
+    sample_size: tuple[int, int]
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_hidden: int
+    mlp_groups: int
+    num_classes: int
+    conditioning: str = "adaln_zero"
+    context_dim: int = 0
+    context_length: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_channels", "out_channels", "hidden_size", "depth", "num_heads"):
+            _check_positive(name, getattr(self, name))
+        for side in self.sample_size:
+            _check_divides("patch_size", self.patch_size, "sample_size", side)
+        _check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        _check_divides("mlp_groups", self.mlp_groups, "mlp_hidden", self.mlp_hidden)
+        if self.conditioning not in CONDITIONINGS:
+            raise ShapeError(
+                f"conditioning {self.conditioning!r}", expected="one of " + ", ".join(CONDITIONINGS)
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        height, width = self.sample_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length N inside the blocks, tokens appended for conditioning included."""
+        rows, columns = self.grid
+        return rows * columns + self.extra_tokens
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens appended to the image's for conditioning."""
+        return EXTRA_TOKENS.get(self.conditioning, 0)
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def group_size(self) -> int:
+        """Hidden MLP units in one group."""
+        return self.mlp_hidden // self.mlp_groups
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the output holds covariance channels behind the noise prediction."""
+        return self.out_channels == 2 * self.in_channels
+
+    def with_groups(self, mlp_groups: int) -> ModelShape:
+        """The same shape with the MLP cut into ``mlp_groups`` groups.
+
+        Raises:
+            ShapeError: the groups do not divide the hidden units.
+        """
+        return replace(self, mlp_groups=mlp_groups)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ShapeError(f"{name} is {value}", expected="at least 1")
+
+
+def _check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    _check_positive(name, divisor)
+    _check_positive(whole_name, whole)
+    if whole % divisor:
+        raise ShapeError(f"{name} {divisor} does not divide {whole_name} {whole}")
