@@ -26,7 +26,23 @@ _PUBLIC = {
     "DyditError": "dydit.errors",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+# Spelt out, and not read off _PUBLIC, so that editors and type checkers see the names.
+__all__ = [
+    "DiT",
+    "DyDiT",
+    "DyDiTConfig",
+    "DyditError",
+    "MacReport",
+    "ModelShape",
+    "Routing",
+    "SubnetEngine",
+    "SubnetSchedule",
+    "__version__",
+    "convert",
+    "count_macs",
+    "load_backbone",
+    "load_dydit",
+]
 
 if TYPE_CHECKING:
     from dydit.compute.counting import MacReport, count_macs

@@ -53,9 +53,11 @@ class BlockCost:
     def executed(self, heads: Any, groups: Any, tokens: Any) -> Any:
         """MACs with ``heads`` active heads, ``groups`` active groups and ``tokens`` kept tokens."""
         return (
-            self.fixed + self.per_head * heads + self.per_token * tokens
+            self.fixed
+            + self.per_head * heads
+            + self.per_token * tokens
             + self.per_token_group * groups * tokens
-        )  # fmt: skip
+        )
 
 
 def block_cost(shape: ModelShape, routers: RouterShape | None = None) -> BlockCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,17 +34,6 @@ def write_file(path: str | Path, data: bytes | str) -> None:
             raise
 
 
-def write_folder(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
-    """Write a set of files as one folder (see ``new_folder``).
-
-    Raises:
-        OutputError: the place cannot be written.
-    """
-    with new_folder(folder) as temporary:
-        for name, data in files.items():
-            (temporary / name).write_bytes(data.encode() if isinstance(data, str) else data)
-
-
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block ends without an error.
@@ -57,7 +46,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     with _output_errors(folder):
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file", expected="a folder to write", remedy="choose another --out")
+            raise OutputError(
+                f"{folder} is a file", expected="a folder to write", remedy="choose another --out"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -121,7 +112,7 @@ def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror or error})",
-                          remedy="choose a folder that exists, is yours and has room") from error  # fmt: skip
-
-
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error})",
+            remedy="choose a folder that exists, is yours and has room",
+        ) from error

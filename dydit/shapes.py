@@ -14,6 +14,9 @@ EXTRA_TOKENS = {"in_context": 2}
 # Width of the sinusoid that the timestep MLP reads (Peebles & Xie 2023).
 FREQUENCY_SIZE = 256
 
+# Equal parts of the position embedding's channels: sines and cosines, of the column and of the row.
+POSITION_PARTS = 4
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -24,7 +27,7 @@ class ModelShape:
         patch_size: side P of a square patch; divides both.
         in_channels: latent channels C.
         out_channels: C, or 2C when the covariance is learned.
-        hidden_size: D; divisible by ``num_heads``.
+        hidden_size: D; divisible by ``num_heads`` and by 4.
         depth: number of blocks L.
         num_heads: attention heads H.
         mlp_hidden: hidden units of the MLP; divisible by ``mlp_groups``.
@@ -33,6 +36,9 @@ class ModelShape:
         conditioning: one of ``CONDITIONINGS``.
         context_dim: width of a text token (adaln_single only).
         context_length: number of text tokens (adaln_single only).
+
+    Raises:
+        ShapeError: a number is below 1, does not divide what it should, or the conditioning is unknown.
     """
 
     sample_size: tuple[int, int]
@@ -50,16 +56,24 @@ class ModelShape:
     context_length: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "out_channels", "hidden_size", "depth", "num_heads"):
+        for name in ("in_channels", "out_channels", "depth", "num_classes"):
             _check_positive(name, getattr(self, name))
+        if len(self.sample_size) != 2:
+            raise ShapeError(f"sample_size {self.sample_size}", expected="one side, or (height, width)")
         for side in self.sample_size:
             _check_divides("patch_size", self.patch_size, "sample_size", side)
         _check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        _check_divides(
+            "the sine-cosine position embedding's", POSITION_PARTS, "hidden_size", self.hidden_size
+        )
         _check_divides("mlp_groups", self.mlp_groups, "mlp_hidden", self.mlp_hidden)
         if self.conditioning not in CONDITIONINGS:
             raise ShapeError(
                 f"conditioning {self.conditioning!r}", expected="one of " + ", ".join(CONDITIONINGS)
             )
+        if self.conditioning == "adaln_single":
+            _check_positive("context_dim", self.context_dim)
+            _check_positive("context_length", self.context_length)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -25,8 +25,11 @@ def adapter_for(model: nn.Module) -> Adapter:
     for cls in type(model).__mro__:
         if cls.__name__ in ADAPTERS:
             return _resolve(ADAPTERS[cls.__name__][1])()
-    raise ShapeError(f"model of class {type(model).__name__}", expected="one of " + ", ".join(ADAPTERS),
-                     remedy="write an adapter (docs/architecture.md)")  # fmt: skip
+    raise ShapeError(
+        f"model of class {type(model).__name__}",
+        expected="one of " + ", ".join(ADAPTERS),
+        remedy="write an adapter (docs/architecture.md)",
+    )
 
 
 def build_backbone(class_name: str, config: dict[str, Any]) -> nn.Module:

@@ -17,16 +17,12 @@ from dydit.models.embeddings import batch_timesteps
 
 # Operators that hold no multiply-add in the papers' convention: elementwise work, reductions, comparisons and
 # data movement. fvcore's own list lacks them; everything that is on neither list is reported as unsupported.
-UNCOUNTED = tuple(
-    f"aten::{name}"
-    for name in (
-        "add", "add_", "sub", "rsub", "mul", "mul_", "div", "div_", "neg", "exp", "log", "sin", "cos", "pow",
-        "sqrt", "silu", "gelu", "sigmoid", "softmax", "addcmul", "index_add", "index_add_", "index_select",
-        "nonzero", "nonzero_numpy", "lt", "le", "logical_and", "scalar_tensor", "expand_as", "clone", "ones_like",
-        "lift_fresh", "new_ones", "sum", "item", "any", "alias", "unflatten", "repeat", "numel",
-        "linspace", "where", "resolve_conj", "resolve_neg", "embedding",
-    )
-)  # fmt: skip
+UNCOUNTED = """
+    add add_ sub rsub mul mul_ div div_ neg exp log sin cos pow sqrt silu gelu sigmoid softmax addcmul
+    index_add index_add_ index_select nonzero nonzero_numpy lt le logical_and scalar_tensor expand_as clone
+    ones_like lift_fresh new_ones sum item any alias unflatten repeat numel linspace where resolve_conj
+    resolve_neg embedding
+"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ def count_macs(module: nn.Module, x: Tensor, t: Tensor | float, y: Tensor) -> Ma
     # "caller": an operator belongs to the block whose call ran it, wherever its weights live.
     analysis.ancestor_mode("caller")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
-    for operator in UNCOUNTED:
-        analysis.set_op_handle(operator, None)
+    for operator in UNCOUNTED.split():
+        analysis.set_op_handle(f"aten::{operator}", None)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's: shapes and masks are meant to be those of this call
         total, by_op = int(analysis.total()), _integers(analysis.by_operator())
@@ -101,7 +97,7 @@ class _KeepAlive(nn.Module):
 
 
 def _by_block(module: nn.Module, by_module: Counter[str], total: int) -> dict[str, int]:
-    scopes: dict[str, str] = module.mac_scopes() if hasattr(module, "mac_scopes") else {}
+    scopes: dict[str, str] = getattr(module, "mac_scopes", dict)()
     blocks = {name: int(by_module[f"module.{scope}"]) for name, scope in scopes.items()}
     return {**blocks, "outside blocks": total - sum(blocks.values())}
 

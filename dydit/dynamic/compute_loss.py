@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from dydit.config import DyDiTConfig
@@ -50,4 +48,4 @@ def compute_loss(ratio: Tensor, target: float) -> Tensor:
 def ramped_target(step: int, target: float, ramp_steps: int) -> float:
     """The target at a step: from 1 down to ``target`` linearly over ``ramp_steps``."""
     progress = 1.0 if ramp_steps <= 0 else min(1.0, step / ramp_steps)
-    return math.fsum((1.0, progress * (target - 1.0)))
+    return (1.0 - progress) + progress * target

@@ -48,4 +48,6 @@ def convert(backbone: Any, config: DyDiTConfig | None = None, *, copy: bool = Tr
 def _check_activation(act: Any) -> None:
     zero = torch.zeros(1)
     if act(zero).abs().item() != 0:
-        raise ShapeError("the MLP's activation moves zero", expected="act(0) = 0, as GELU, SiLU and ReLU have")
+        raise ShapeError(
+            "the MLP's activation moves zero", expected="act(0) = 0, as GELU, SiLU and ReLU have"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -82,6 +82,11 @@ class DyDiT(ModelMixin, ConfigMixin):
         """Label of the null class in classifier-free guidance."""
         return self.shape.num_classes
 
+    @property
+    def routers(self) -> list[BlockRouters]:
+        """The routers of each block."""
+        return [cast(DynamicBlock, block).routers for block in self.dynamic_blocks]
+
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of all routers."""
         return (p for block in self.dynamic_blocks for p in block.parameters())
@@ -121,13 +126,16 @@ class DyDiT(ModelMixin, ConfigMixin):
             forced = None
         elif routing is not None:
             routing.check(self.shape, x.shape[0])
-            heads, groups, forced = (g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens))
-        kept = []
+            heads, groups, forced = (
+                g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)
+            )
+        kept: list[Any] = []  # gates (B, N) per block; None where complete
         for i, (dynamic, block) in enumerate(zip(self.dynamic_blocks, self._blocks(), strict=True)):
             gates = (
-                (None, None, None) if complete
+                (None, None, None)
+                if complete
                 else (heads[:, i], groups[:, i], None if forced is None else forced[:, i])
-            )  # fmt: skip
+            )
             tokens, keep = self._run_block(dynamic, block, tokens, cond, *gates, complete)
             kept.append(keep)
         prediction = self.adapter.decode(self.backbone, tokens, cond)
@@ -139,9 +147,8 @@ class DyDiT(ModelMixin, ConfigMixin):
 
     def width_gates(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Head gates (B, L, H) and group gates (B, L, G) for timestep embeddings (B, D)."""
-        routers = [block.routers for block in self.dynamic_blocks]
-        heads = torch.stack([r.head_gates(timestep) for r in routers], dim=1)
-        groups = torch.stack([r.group_gates(timestep) for r in routers], dim=1)
+        heads = torch.stack([r.head_gates(timestep) for r in self.routers], dim=1)
+        groups = torch.stack([r.group_gates(timestep) for r in self.routers], dim=1)
         return heads, groups
 
     def mac_scopes(self) -> dict[str, str]:
@@ -151,7 +158,7 @@ class DyDiT(ModelMixin, ConfigMixin):
     def _blocks(self) -> nn.ModuleList:
         return self.adapter.blocks(self.backbone)
 
-    def _run_block(self, dynamic: DynamicBlock, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def _run_block(self, dynamic: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(dynamic, self.adapter, *args)
         return dynamic(self.adapter, *args)

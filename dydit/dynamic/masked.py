@@ -21,7 +21,9 @@ from dydit.routing.routers import BlockRouters
 def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> Tensor:
     """Self-attention over x (B, N, D) with head gates (B, H); None = all on."""
     B, N, _ = x.shape
-    projected = torch.cat([layer(x) for layer in parts.qkv], dim=-1) if len(parts.qkv) > 1 else parts.qkv[0](x)
+    projected = (
+        torch.cat([layer(x) for layer in parts.qkv], dim=-1) if len(parts.qkv) > 1 else parts.qkv[0](x)
+    )
     q, k, v = projected.view(B, N, 3, parts.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
     attended = F.scaled_dot_product_attention(q, k, v)
     if heads is not None:
@@ -60,7 +62,9 @@ def masked_block(
     """
     norm1, norm2 = adapter.norms(block)
     m = adapter.modulation(block, cond)
-    attended = masked_attention(adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), heads)
+    attended = masked_attention(
+        adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), heads
+    )
     x = adapter.cross(block, add_gated(x, attended, m.gate_attn), cond)
     if not complete and tokens is None:
         tokens = routers.token_gates(x)

@@ -1,9 +1,10 @@
-"""A schedule on disk: bit masks in safetensors, everything else in a manifest, each checked on loading."""
+"""A schedule's two files: bit masks in safetensors, everything else in a manifest that vouches for both."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,90 +13,78 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as serialize_tensors
 
 import dydit
-from dydit.config import DyDiTConfig
 from dydit.errors import ScheduleError
-from dydit.export.schedule import SubnetSchedule
-from dydit.files import write_folder
-from dydit.shapes import ModelShape
+from dydit.files import write_file
 
 FORMAT_VERSION = 1
 TENSORS, MANIFEST = "schedule.safetensors", "manifest.json"
 
 
-def save_schedule(schedule: SubnetSchedule, folder: str | Path) -> None:
-    """Write the schedule's two files; the folder appears whole or not at all.
+def write_artefact(folder: str | Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Write the two files into a folder, beside what is there.
+
+    The manifest comes last and holds the sha256 of the tensors and of itself: a folder that was left in
+    between is refused by ``read_artefact``.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    tensors = serialize_tensors({
-        "head_rows": np.packbits(schedule.head_rows, axis=-1),
-        "group_rows": np.packbits(schedule.group_rows, axis=-1),
-        "rows": schedule.rows,
-    })  # fmt: skip
+    data = serialize_tensors(dict(tensors))
     manifest = {
         "format_version": FORMAT_VERSION,
         "dydit_version": dydit.__version__,
-        **schedule.manifest,
-        "schedule_sha256": hashlib.sha256(tensors).hexdigest(),
+        **fields,
+        "schedule_sha256": hashlib.sha256(data).hexdigest(),
     }
-    write_folder(folder, {TENSORS: tensors, MANIFEST: json.dumps(manifest, indent=1).encode()})
+    manifest["manifest_sha256"] = _manifest_sha256(manifest)
+    write_file(Path(folder) / TENSORS, data)
+    write_file(Path(folder) / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def load_schedule(folder: str | Path) -> SubnetSchedule:
-    """Read a schedule and check it against its manifest.
+def read_artefact(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and manifest of a folder, unchanged since they were written together.
 
     Raises:
-        ScheduleError: a file is missing or broken, or the two do not belong together.
+        ScheduleError: a file is missing, was changed, or is not of this format.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
     data = _read(folder / TENSORS)
-    if hashlib.sha256(data).hexdigest() != manifest.get("schedule_sha256"):
-        raise ScheduleError(f"{folder / TENSORS} is not the file its manifest was written with",
-                            remedy="export again")  # fmt: skip
-    try:
-        return _build(manifest, parse_tensors(data))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ScheduleError(f"{folder / MANIFEST} is broken ({error!r})", remedy="export again") from error
-
-
-def _build(manifest: dict[str, Any], tensors: dict[str, np.ndarray]) -> SubnetSchedule:
-    shape = ModelShape(**{**manifest["shape"], "sample_size": tuple(manifest["shape"]["sample_size"])})
-    schedule = SubnetSchedule(
-        timesteps=tuple(manifest["timesteps"]),
-        head_rows=np.unpackbits(tensors["head_rows"], axis=-1, count=shape.num_heads).astype(bool),
-        group_rows=np.unpackbits(tensors["group_rows"], axis=-1, count=shape.mlp_groups).astype(bool),
-        rows=tensors["rows"],
-        shape=shape,
-        routing=DyDiTConfig(**manifest["routing"]),
-        weights=manifest["weights_sha256"],
-        sampler=manifest["sampler"],
-    )
-    if schedule.rows.shape != (len(schedule.timesteps), shape.depth):
-        raise ValueError(f"rows of shape {schedule.rows.shape}")
-    if schedule.rows.min() < 0 or schedule.rows.max() >= len(schedule.head_rows):
-        raise ValueError("a row index out of range")
-    return schedule
+    if hashlib.sha256(data).hexdigest() != manifest["schedule_sha256"]:
+        raise ScheduleError(
+            f"{folder / TENSORS} is not the file its manifest was written with", remedy="export again"
+        )
+    return parse_tensors(data), manifest
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
-        manifest = json.loads(_read(path))
+        manifest = json.loads(data)
     except ValueError as error:
-        if isinstance(error, ScheduleError):
-            raise
         raise ScheduleError(f"{path} is not JSON ({error})", remedy="export again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise ScheduleError(f"{path} has format version {version}", expected=str(FORMAT_VERSION),
-                            remedy="export again with this version of dydit")  # fmt: skip
+        raise ScheduleError(
+            f"{path} has format version {version}",
+            expected=str(FORMAT_VERSION),
+            remedy="export again with this version of dydit",
+        )
+    if manifest.get("manifest_sha256") != _manifest_sha256(manifest):
+        raise ScheduleError(f"{path} was changed after it was written", remedy="export again")
     return manifest
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hex sha256 over every other field, whatever their order and spacing."""
+    fields = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ScheduleError(f"{path} cannot be read ({error.strerror})",
-                            remedy="point to a folder that `dydit export` wrote") from error  # fmt: skip
+        raise ScheduleError(
+            f"{path} cannot be read ({error.strerror})", remedy="point to a folder that `dydit export` wrote"
+        ) from error

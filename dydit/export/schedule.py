@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from dydit.costs import outer_macs
 from dydit.dynamic.compute_loss import deployed_cost
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
+from dydit.export.artefact import read_artefact, write_artefact
 from dydit.export.fingerprint import weights_sha256
 from dydit.shapes import ModelShape
 
@@ -57,9 +59,12 @@ class SubnetSchedule:
             ScheduleError: no timestep, or one twice.
         """
         steps = [float(t) for t in timesteps]
-        if not steps or len(set(steps)) != len(steps):
-            raise ScheduleError(f"{len(steps)} timesteps, {len(set(steps))} of them distinct",
-                                expected="at least one, each once")  # fmt: skip
+        distinct_steps = {_key(t) for t in steps}
+        if not steps or len(distinct_steps) != len(steps):
+            raise ScheduleError(
+                f"{len(steps)} timesteps, {len(distinct_steps)} of them distinct in float32",
+                expected="at least one, each once",
+            )
         heads, groups = _width_masks(model, steps)
         pairs = np.concatenate([heads, groups], axis=-1)  # (S, L, H+G)
         distinct, index = np.unique(pairs.reshape(-1, pairs.shape[-1]), axis=0, return_inverse=True)
@@ -116,18 +121,36 @@ class SubnetSchedule:
         blocks = cost.executed(self.heads.sum(-1), self.groups.sum(-1), tokens)  # (S, L)
         return outer_macs(self.shape) + blocks.sum(-1)
 
-    def save(self, folder: str) -> None:
-        """Write ``schedule.safetensors`` and ``manifest.json`` into a folder (see ``export.artefact``)."""
-        from dydit.export.artefact import save_schedule
+    def save(self, folder: str | Path) -> None:
+        """Write ``schedule.safetensors`` and ``manifest.json`` into a folder, beside what is there.
 
-        save_schedule(self, folder)
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        write_artefact(
+            folder,
+            {
+                "head_rows": np.packbits(self.head_rows, axis=-1),
+                "group_rows": np.packbits(self.group_rows, axis=-1),
+                "rows": self.rows,
+            },
+            self.manifest,
+        )
 
     @classmethod
-    def load(cls, folder: str) -> SubnetSchedule:
-        """Read and check what ``save`` wrote (see ``export.artefact``)."""
-        from dydit.export.artefact import load_schedule
+    def load(cls, folder: str | Path) -> SubnetSchedule:
+        """Read what ``save`` wrote.
 
-        return load_schedule(folder)
+        Raises:
+            ScheduleError: a file is missing or was changed, or the two do not belong together.
+        """
+        tensors, manifest = read_artefact(folder)
+        try:
+            return cls._from_artefact(tensors, manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScheduleError(
+                f"{folder} holds a broken schedule ({error!r})", remedy="export again"
+            ) from error
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -138,13 +161,30 @@ class SubnetSchedule:
             "routing": self.routing.model_dump(),
             "timesteps": list(self.timesteps),
             "sampler": self.sampler,
-            "thresholds": {
-                "width": self.routing.threshold, "tokens": self.routing.token_threshold
-            },
+            "thresholds": {"width": self.routing.threshold, "tokens": self.routing.token_threshold},
             "subnetworks_by_block": list(self.subnetworks_by_block),
             "macs_per_timestep_all_tokens": [int(m) for m in self.macs_per_timestep()],
             "weights_sha256": self.weights,
-        }  # fmt: skip
+        }
+
+    @classmethod
+    def _from_artefact(cls, tensors: dict[str, np.ndarray], manifest: dict[str, Any]) -> SubnetSchedule:
+        shape = ModelShape(**{**manifest["shape"], "sample_size": tuple(manifest["shape"]["sample_size"])})
+        schedule = cls(
+            timesteps=tuple(manifest["timesteps"]),
+            head_rows=np.unpackbits(tensors["head_rows"], axis=-1, count=shape.num_heads).astype(bool),
+            group_rows=np.unpackbits(tensors["group_rows"], axis=-1, count=shape.mlp_groups).astype(bool),
+            rows=tensors["rows"],
+            shape=shape,
+            routing=DyDiTConfig(**manifest["routing"]),
+            weights=manifest["weights_sha256"],
+            sampler=manifest["sampler"],
+        )
+        if schedule.rows.shape != (len(schedule.timesteps), shape.depth):
+            raise ValueError(f"rows of shape {schedule.rows.shape}")
+        if schedule.rows.min() < 0 or schedule.rows.max() >= len(schedule.head_rows):
+            raise ValueError("a row index out of range")
+        return schedule
 
     @cached_property
     def _positions(self) -> dict[float, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -20,6 +20,7 @@ from dydit.models.embeddings import (
     TimestepEmbedder,
     batch_timesteps,
     check_labels,
+    check_per_sample,
     sincos_position_embedding,
 )
 from dydit.models.presets import preset_arguments
@@ -71,16 +72,23 @@ class DiT(ModelMixin, ConfigMixin):
         mlp_norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.shape = ModelShape(
-            sample_size=(height, width), patch_size=patch_size, in_channels=in_channels,
-            out_channels=in_channels * (2 if learn_sigma else 1), hidden_size=hidden_size, depth=depth,
-            num_heads=num_heads, mlp_hidden=int(hidden_size * mlp_ratio), mlp_groups=num_heads,
-            num_classes=num_classes, conditioning=conditioning,
-            context_dim=context_dim, context_length=context_length,
-        )  # fmt: skip
+            sample_size=_sides(sample_size),
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=in_channels * (2 if learn_sigma else 1),
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_hidden=int(hidden_size * mlp_ratio),
+            mlp_groups=num_heads,
+            num_classes=num_classes,
+            conditioning=conditioning,
+            context_dim=context_dim,
+            context_length=context_length,
+        )
         self.gradient_checkpointing = False
-        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(self.shape.sample_size, patch_size, in_channels, hidden_size)
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, self.shape.grid))
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift)
         if conditioning == "adaln_single":
@@ -121,7 +129,7 @@ class DiT(ModelMixin, ConfigMixin):
             (B, C, height, width), or (B, 2C, height, width) with ``learn_sigma``.
 
         Raises:
-            ShapeError: x is not of the model's latent shape.
+            ShapeError: x is not of the model's latent shape, or t or y is not one per sample.
             DataError: a label lies outside the table.
         """
         tokens, cond = self.embed(x, t, y)
@@ -140,6 +148,7 @@ class DiT(ModelMixin, ConfigMixin):
         if self.shape.conditioning == "adaln_single":
             shared = self.t_block(timestep).unflatten(1, (6, -1))  # (B, 6, D)
             return tokens, Conditioning(timestep, shared=shared, context=self.y_embedder(y))
+        check_per_sample("labels", y, x.shape[0])
         check_labels(y, self.shape.num_classes)
         label = self.y_embedder(y)  # (B, D)
         pair = torch.stack([timestep, label], dim=1)  # (B, 2, D)
@@ -167,22 +176,30 @@ class DiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
+        projection: Any = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        blocks: Any = self.blocks
+        small: list[Any] = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         if isinstance(self.y_embedder, LabelEmbedder):
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        if self.shape.conditioning in MODULATION_ROWS:
-            for module in (*self.blocks, self.final_layer):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
+            small.append(self.y_embedder.embedding_table)
         if self.shape.conditioning == "adaln_single":
-            nn.init.normal_(self.t_block[1].weight, std=0.02)
+            small.append(self.t_block[1])
+        for layer in small:
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.shape.conditioning in MODULATION_ROWS:
+            for module in (*blocks, self.final_layer):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
         if self.shape.conditioning in ("cross_attention", "adaln_single"):
-            for block in self.blocks:
+            for block in blocks:
                 nn.init.zeros_(block.cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _sides(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a sample size; a wrong number of sides is left for ``ModelShape`` to refuse."""
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    return cast("tuple[int, int]", sides)
 
 
 def check_latent(x: Tensor, shape: ModelShape) -> None:

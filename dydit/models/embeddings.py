@@ -6,7 +6,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from dydit.errors import DataError
+from dydit.errors import DataError, ShapeError
 from dydit.shapes import FREQUENCY_SIZE
 
 
@@ -79,10 +79,27 @@ class TextEmbedder(nn.Module):
 
 
 def batch_timesteps(t: Tensor | float, x: Tensor) -> Tensor:
-    """Timesteps as (B,) on x's device: t is (B,), a scalar tensor, or one number for the whole batch."""
+    """Timesteps as (B,) on x's device: t is (B,), a scalar tensor, or one number for the whole batch.
+
+    Raises:
+        ShapeError: t is neither one number nor one per sample.
+    """
     if not isinstance(t, Tensor):
         return torch.full((x.shape[0],), t, device=x.device)
-    return t.to(x.device).expand(x.shape[0]) if t.ndim == 0 else t.to(x.device)
+    if t.ndim == 0:
+        return t.to(x.device).expand(x.shape[0])
+    check_per_sample("timesteps", t, x.shape[0])
+    return t.to(x.device)
+
+
+def check_per_sample(name: str, values: Tensor, batch: int) -> None:
+    """Refuse values that are not one per sample: broadcasting would hide a mistake, indexing drop samples.
+
+    Raises:
+        ShapeError: values is not (B,).
+    """
+    if tuple(values.shape) != (batch,):
+        raise ShapeError(f"{name} of shape {tuple(values.shape)}", expected=f"({batch},), one per sample")
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:

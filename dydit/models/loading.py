@@ -33,8 +33,12 @@ def load_folder(cls: type[T], path: str | Path, **options: Any) -> T:
         CheckpointError: missing, truncated, of another class, or with tensors left over or absent.
     """
     if not Path(path).is_dir() and _looks_local(path):
-        raise CheckpointError(f"no model folder at {path}", expected="a folder with config.json and safetensors",
-                              remedy="check the path, or give a Hub id")  # fmt: skip
+        raise CheckpointError(
+            f"no model folder at {path}",
+            expected="a folder with config.json and safetensors",
+            remedy="check the path, or give a Hub id",
+        )
+    options.setdefault("use_safetensors", True)  # never fall back to unpickling
     try:
         found = cls.load_config(str(path)).get("_class_name")
         if found != cls.__name__:
@@ -43,9 +47,11 @@ def load_folder(cls: type[T], path: str | Path, **options: Any) -> T:
     except CheckpointError:
         raise
     except Exception as error:  # diffusers, safetensors and the Hub client each raise their own
-        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})",
-                              expected=f"a complete {cls.__name__} folder",
-                              remedy="copy or download it again") from error  # fmt: skip
+        raise CheckpointError(
+            f"{path} cannot be loaded ({_first_line(error)})",
+            expected=f"a complete {cls.__name__} folder",
+            remedy="copy or download it again",
+        ) from error
     _check_complete(path, info)
     return model.eval()
 

@@ -25,8 +25,11 @@ def preset_arguments(name: str) -> dict[str, int]:
     """
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown preset {name!r}", expected="one of " + ", ".join(PRESETS),
-                          remedy=f"did you mean {near[0]!r}?")  # fmt: skip
+        raise ConfigError(
+            f"unknown preset {name!r}",
+            expected="one of " + ", ".join(PRESETS),
+            remedy=f"did you mean {near[0]!r}?",
+        )
     match = re.fullmatch(r"DiT-(\w+)/(\d)", name)
     assert match is not None
     return {**SIZES[match[1]], "patch_size": int(match[2])}

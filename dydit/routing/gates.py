@@ -13,9 +13,8 @@ def logistic_noise(logits: Tensor) -> Tensor:
 
     That difference is a logistic variable, so one uniform draw u gives it: log u − log(1 − u).
     """
-    tiny = torch.finfo(torch.float32).tiny
-    uniform = torch.rand(logits.shape, device=logits.device, dtype=torch.float32).clamp_(min=tiny, max=1 - 2**-24)
-    return torch.logit(uniform).to(logits.dtype)
+    uniform = torch.rand(logits.shape, device=logits.device, dtype=torch.float32)  # in [0, 1)
+    return torch.logit(uniform.clamp_(min=torch.finfo(torch.float32).tiny)).to(logits.dtype)
 
 
 def training_gate(logits: Tensor, temperature: float) -> Tensor:

@@ -40,13 +40,11 @@ class TokenRouter(nn.Sequential):
     """Linear, ReLU, Linear: one logit per token, from the tokens after the attention residual."""
 
     def __init__(self, hidden_size: int, ratio: int, open_bias: float) -> None:
-        super().__init__(
-            nn.Linear(hidden_size, token_hidden(hidden_size, ratio)),
-            nn.ReLU(),
-            nn.Linear(token_hidden(hidden_size, ratio), 1),
-        )
-        nn.init.zeros_(self[2].weight)
-        nn.init.constant_(self[2].bias, open_bias)
+        hidden = token_hidden(hidden_size, ratio)
+        score = nn.Linear(hidden, 1)
+        nn.init.zeros_(score.weight)
+        nn.init.constant_(score.bias, open_bias)
+        super().__init__(nn.Linear(hidden_size, hidden), nn.ReLU(), score)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (..., N) for tokens (..., N, D)."""

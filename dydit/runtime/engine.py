@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from dydit.errors import ScheduleError, ShapeError
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import check_latent
+from dydit.models.embeddings import check_per_sample
 from dydit.runtime.packing import (
     PackCache,
     PackedBlock,
@@ -64,8 +66,8 @@ class SubnetEngine(nn.Module):
         check_budget(budget, max(sizes))
         self._cache = PackCache(budget)
         self.blocks = nn.ModuleList(
-            SlicedBlock(adapter, block, dynamic.routers.token_router, schedule.routing.token_threshold)
-            for block, dynamic in zip(blocks, model.dynamic_blocks, strict=True)
+            SlicedBlock(adapter, block, routers.token_router, schedule.routing.token_threshold)
+            for block, routers in zip(blocks, model.routers, strict=True)
         )
 
     @property
@@ -85,13 +87,16 @@ class SubnetEngine(nn.Module):
 
         Raises:
             ScheduleError: a timestep is not in the schedule.
-            ShapeError: latent of the wrong shape or dtype.
+            ShapeError: latent of the wrong shape or dtype, or t or y not one per sample.
         """
         check_latent(x, self.shape)
         if x.dtype != (dtype := next(self.model.parameters()).dtype):
             raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
         if not isinstance(t, Tensor) or t.ndim == 0:
             return self._run(self.schedule.index_of(float(t)), x, t, y)
+        check_per_sample("timesteps", t, len(x))
+        if len(y) != len(x):
+            raise ShapeError(f"{len(y)} labels for {len(x)} latents", expected="one per sample")
         steps = t.tolist()
         if len(set(steps)) == 1:
             return self._run(self.schedule.index_of(steps[0]), x, t, y)
@@ -112,6 +117,11 @@ class SubnetEngine(nn.Module):
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetEngine:
+        """Move or convert the model (``.to``); its packed weights are stale then."""
+        self._cache.clear()
+        return super()._apply(fn, recurse)
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""

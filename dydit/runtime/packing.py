@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,9 @@ class PackedBlock:
 
 
 @torch.no_grad()
-def pack_block(attention: AttentionParts, mlp: MlpParts, heads: np.ndarray, groups: np.ndarray) -> PackedBlock:
+def pack_block(
+    attention: AttentionParts, mlp: MlpParts, heads: np.ndarray, groups: np.ndarray
+) -> PackedBlock:
     """Slice one block's weights for head mask (H,) and group mask (G,), both bool."""
     head_index = np.flatnonzero(heads)
     head_dim = attention.out.in_features // attention.num_heads
@@ -78,7 +80,7 @@ def _pack_qkv(parts: AttentionParts, head_index: np.ndarray) -> tuple[Tensor, Te
         return parts.qkv[0].weight.detach(), _detached(parts.qkv[0].bias)
     index = torch.as_tensor(head_index, device=parts.out.weight.device)
 
-    def rows(tensors: list[Tensor]) -> Tensor:
+    def rows(tensors: Sequence[Tensor]) -> Tensor:
         sections = [t.unflatten(0, (3 // len(tensors), parts.num_heads, -1))[:, index] for t in tensors]
         return torch.cat(sections).flatten(0, 2)
 
@@ -150,6 +152,12 @@ class PackCache:
                 self._evictions += 1
             return packed
 
+    def clear(self) -> None:
+        """Forget every packing; the counters go on."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
     def statistics(self) -> PackStatistics:
         """Counters so far."""
         with self._lock:
@@ -163,5 +171,8 @@ def check_budget(budget: int, largest: int) -> None:
         ConfigError: says how many bytes a block takes.
     """
     if budget < largest:
-        raise ConfigError(f"memory budget of {budget} bytes", expected=f"at least one block's {largest} bytes",
-                          remedy="raise the budget or leave it at its default")  # fmt: skip
+        raise ConfigError(
+            f"memory budget of {budget} bytes",
+            expected=f"at least one block's {largest} bytes",
+            remedy="raise the budget or leave it at its default",
+        )

@@ -77,7 +77,9 @@ class SlicedBlock(nn.Module):
         if shift is not None and scale is not None:
             kept = torch.addcmul(shift, kept, 1 + scale)
         update = sliced_mlp(packed, act, kept)
-        return flat.index_add(0, index, update if gate is None else gate * update).view(B, N, D)
+        update = update if gate is None else gate * update
+        # Under autocast the residual stays float32 while the branch is half, and index_add wants one dtype.
+        return flat.index_add(0, index, update.to(flat.dtype)).view(B, N, D)
 
 
 def _rows(sample: Tensor, *modulations: Tensor | None) -> list[Tensor | None]:

@@ -1,0 +1,79 @@
+"""The model that a verb's MODEL argument means: a folder, a run's folder, or a Hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dydit.config import find_path, load_config
+from dydit.dynamic.dydit import DyDiT
+from dydit.dynamic.loading import load_dydit
+from dydit.errors import CheckpointError
+from dydit.models.dit import DiT
+from dydit.models.loading import load_backbone
+from dydit.training.loop import CONFIG_FILE, MODEL_FOLDER
+
+
+def open_dydit(path: str) -> DyDiT:
+    """The dynamic model at ``path``, in evaluation mode.
+
+    Raises:
+        CheckpointError: there is none, it is broken, or it is a static model.
+    """
+    return load_dydit(_model_path(path))
+
+
+def open_model(path: str) -> DiT | DyDiT:
+    """The static or dynamic model at ``path``, in evaluation mode.
+
+    Raises:
+        CheckpointError: there is none, or it is broken.
+    """
+    path = _model_path(path)
+    return load_dydit(path) if _class_name(path) == DyDiT.__name__ else load_backbone(path)
+
+
+def sampler_defaults(path: str) -> dict[str, Any]:
+    """Sampler settings of the run that ``path`` is the folder of; empty where it is no run."""
+    run = _run_folder(path)
+    return {} if run is None else load_config(run / CONFIG_FILE).sampler.model_dump()
+
+
+def _model_path(path: str) -> str:
+    """Where the weights are: for a run, its exported averaged weights.
+
+    Raises:
+        CheckpointError: the run is not finished.
+    """
+    run = _run_folder(path)
+    if run is None:
+        return find_path(path)
+    if not (run / MODEL_FOLDER).is_dir():
+        raise CheckpointError(
+            f"run {path} is not finished: no {run / MODEL_FOLDER}", remedy="continue it with --resume auto"
+        )
+    return str(run / MODEL_FOLDER)
+
+
+def _run_folder(path: str) -> Path | None:
+    folder = Path(find_path(path))
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _class_name(path: str) -> str:
+    """The class that a model's config names; empty if it cannot be read, which loading then reports."""
+    if not Path(path).is_dir():
+        return _hub_class_name(path) if path.count("/") == 1 else ""
+    try:
+        config = json.loads((Path(path) / DyDiT.config_name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
+
+
+def _hub_class_name(model_id: str) -> str:
+    try:
+        return str(DyDiT.load_config(model_id).get("_class_name", ""))
+    except Exception:  # diffusers and the Hub client raise many kinds
+        return ""

@@ -1,0 +1,105 @@
+"""``dydit sample``: images of given classes, from a static model, a DyDiT, or an exported engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
+from dydit.errors import DataError, ScheduleError
+
+
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A DiT or DyDiT: its folder, or a run's.")],
+    labels: Annotated[str, typer.Option(metavar="0,1,...", help="Classes to draw, repeated in turn.")],
+    out: Annotated[Path, typer.Option(help="Folder for samples.png and samples.safetensors.")],
+    schedule: Annotated[
+        Path | None, typer.Option(help="Export folder: run its subnetworks, with its sampler.")
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="Images in all; without it one per class.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    guided_channels: GuidedChannels = None,
+) -> None:
+    """Draw images of given classes."""
+    classes = parse_labels(labels)
+    import torch
+
+    from dydit.cli.images import draw_images, write_images
+    from dydit.cli.models import open_dydit, open_model, sampler_defaults
+    from dydit.diffusion import make_sampler
+    from dydit.export.schedule import SubnetSchedule
+    from dydit.files import check_writable
+    from dydit.runtime.engine import SubnetEngine
+
+    plan = None if schedule is None else SubnetSchedule.load(str(schedule))
+    defaults = sampler_defaults(model) if plan is None else exported_sampler(plan.sampler, schedule)
+    settings = sampler_settings(defaults, sampler, steps, guidance_scale, guided_channels)
+    network: Any = open_model(model) if plan is None else open_dydit(model)
+    check_labels(classes, network.shape.num_classes)
+    method = make_sampler(settings, network.shape.learn_sigma)
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if plan is not None:
+        for timestep in method.call_timesteps:
+            plan.index_of(timestep)  # a missing one is told before any work is done
+        network = SubnetEngine(network, plan)
+    check_writable(out)
+    drawn = [classes[i % len(classes)] for i in range(num or len(classes))]
+    images = draw_images(method, network, drawn, seed)
+    write_images(
+        out,
+        images,
+        drawn,
+        columns=len(classes),
+        facts={"model": model, "seed": seed, "sampler": settings.model_dump()},
+    )
+    form = "engine" if plan is not None else type(network).__name__
+    typer.echo(f"{out}: {len(drawn)} images, {form}, {settings.name} with {settings.steps} steps")
+
+
+def parse_labels(text: str) -> list[int]:
+    """``"0,3,7"`` as class numbers.
+
+    Raises:
+        DataError: it is no list of whole numbers.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise DataError(
+            f"--labels is {text!r}", expected="class numbers with commas between, such as 0,3,7"
+        ) from None
+
+
+def check_labels(labels: list[int], num_classes: int) -> None:
+    """Refuse a class that the model does not have.
+
+    Raises:
+        DataError: names the first such label and the range.
+    """
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise DataError(
+                f"label {label}",
+                expected=f"a class of the model, 0 to {num_classes - 1}",
+                remedy="correct --labels",
+            )
+
+
+def exported_sampler(settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The sampler that an export was made for.
+
+    Raises:
+        ScheduleError: the export does not say.
+    """
+    if not settings:
+        raise ScheduleError(
+            f"schedule {folder} does not name its sampler", remedy="export it with `dydit export`"
+        )
+    return settings

@@ -1,0 +1,150 @@
+"""Foreign ``.pt`` files: mapped into memory, never allowed to run code."""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from dydit.errors import CheckpointError
+from dydit.models.checkpoints.sources import TensorFacts, first_line
+
+# Where a training checkpoint of the DiT line keeps its state dict; averaged weights before raw ones.
+CONTAINERS = ("ema", "model")
+
+# What wrappers put before every name of a state dict: DistributedDataParallel, torch.compile.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+# Training checkpoints keep the command's arguments in one. It holds values and runs nothing when unpickled.
+_HARMLESS = [argparse.Namespace]
+
+_STATE_DICT = "a state dict of tensors, bare or under " + " or ".join(map(repr, CONTAINERS))
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = b"\x80"
+
+
+class TorchFile:
+    """The tensors of a file that ``torch.save`` wrote.
+
+    They are mapped, not read: what a container holds beside the wanted state dict costs no memory, and
+    neither does a second copy of the weights. So the file must not be overwritten in place while a model
+    loaded from it is alive (renaming and deleting are fine).
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: truncated, no file of torch's, needs code to be run, or holds no state dict.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        state = _without_prefix(_state_dict(path, _unpickle(path)))
+        self._tensors = {name: _plain_tensor(path, name, value) for name, value in state.items()}
+        self.facts = {
+            name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for name, t in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, backed by the file."""
+        return self._tensors[name]
+
+
+def _unpickle(path: Path) -> Any:
+    mapped = _is_zip(path)
+    try:
+        with safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything
+        if foreign := _foreign_globals(path):
+            raise CheckpointError(
+                f"{path} needs {', '.join(foreign[:3])} to be run in order to be read",
+                expected="a file of tensors only",
+                remedy="if you trust its source, save its state dict alone with torch.save",
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged ({first_line(error)})",
+            expected="a file that torch.save wrote",
+            remedy="copy or download it again",
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file is of torch's current, mappable format rather than of the one before 1.6.
+
+    Raises:
+        CheckpointError: it is of neither, or truncated.
+    """
+    with path.open("rb") as file:
+        magic = file.read(len(_ZIP_MAGIC))
+    if magic == _ZIP_MAGIC:
+        if not zipfile.is_zipfile(path):  # the directory is at the end
+            raise CheckpointError(
+                f"{path} is truncated at {path.stat().st_size} bytes", remedy="copy or download it again"
+            )
+        return True
+    if not magic:
+        raise CheckpointError(f"{path} is empty", remedy="copy or download it again")
+    if not magic.startswith(_LEGACY_MAGIC):
+        raise CheckpointError(
+            f"{path} begins with {magic!r}", expected="a .pt file of torch.save or a .safetensors file"
+        )
+    return False
+
+
+def _foreign_globals(path: Path) -> list[str]:
+    """Names of the code that a file asks for beyond what is allowed; empty where that cannot be told."""
+    try:
+        with safe_globals(_HARMLESS):
+            return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a damaged pickle can raise anything
+        return []
+
+
+def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:
+    """The state dict in a file's content.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if isinstance(content, Mapping):
+        for container in CONTAINERS:
+            if isinstance(content.get(container), Mapping):
+                return content[container]
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return content
+        seen = "a mapping of " + (", ".join(repr(key) for key in list(content)[:5]) or "nothing")
+    else:
+        seen = f"a {type(content).__name__}"
+    raise CheckpointError(f"{path} holds {seen[:200]}", expected=_STATE_DICT)
+
+
+def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    for prefix in WRAPPER_PREFIXES:
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _plain_tensor(path: Path, name: Any, value: Any) -> Tensor:
+    """A dense tensor that owns as many bytes as it has elements.
+
+    Raises:
+        CheckpointError: the entry is no such tensor.
+    """
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        raise CheckpointError(f"{path} holds {str(name)[:100]!r}: {type(value).__name__}", expected=_STATE_DICT)
+    tensor = value.detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise CheckpointError(f"{path}: tensor {name} is sparse, quantized or empty", expected="a dense one")
+    # A few bytes could otherwise pose as a tensor of any size.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} has fewer bytes than that")
+    return tensor

@@ -1,0 +1,242 @@
+"""Checkpoints on disk: folders that appear whole or not at all, with a checksum for every file.
+
+``run/checkpoints/step-00000020/`` holds safetensors files, ``state.json`` and ``manifest.json`` (size and
+sha256 of the others). It is written under a temporary name, flushed to the disk and then renamed;
+``run/latest`` names the newest one. Nothing is pickled. (accelerate's ``save_state`` pickles optimiser and
+generator states and writes in place, so a kill during a save would leave a broken checkpoint under its name.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dydit.errors import CheckpointError, OutputError
+from dydit.files import new_folder, write_file
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_READ_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole training state.
+
+    Args:
+        step: optimiser steps done.
+        tensors: file name without ending (``model``, ``ema``, …) -> name -> tensor.
+        state: everything else, as JSON values.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(run: Path, snapshot: Snapshot) -> Path:
+    """Write ``snapshot`` into the run folder and point ``latest`` to it.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OutputError: it cannot be written (the disk is full, say). What was there before is intact, and
+            nothing half-written is left.
+    """
+    target = run / CHECKPOINTS / checkpoint_name(snapshot.step)
+    try:
+        with new_folder(target) as scratch:
+            for name, tensors in snapshot.tensors.items():
+                whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(whole, scratch / f"{name}.safetensors")
+            (scratch / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+            _write_manifest(scratch, snapshot.step)
+        write_file(run / LATEST, f"{CHECKPOINTS}/{target.name}\n")
+    except (OutputError, SafetensorError) as problem:  # safetensors tells of a full disk in its own way
+        reason = getattr(problem.__cause__, "strerror", None) or problem
+        raise OutputError(
+            f"the checkpoint at step {snapshot.step} was not saved in {run}: {reason}", remedy=_remedy(run)
+        ) from problem
+    return target
+
+
+def load_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint back, after checking every byte of it.
+
+    Raises:
+        CheckpointError: something is missing, truncated or altered; names the file.
+    """
+    manifest = verify(folder)
+    try:
+        tensors = {
+            name.removesuffix(".safetensors"): load_file(folder / name)
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {problem}") from problem
+    return Snapshot(int(manifest["step"]), tensors, state)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check a checkpoint's files against its manifest, and return that.
+
+    Raises:
+        CheckpointError: names the checkpoint and the first file at fault.
+    """
+    remedy = "take another checkpoint, or --resume auto for the newest intact one"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, version = dict(manifest["files"]), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(
+            f"checkpoint {folder} has no readable {MANIFEST} ({type(problem).__name__})",
+            expected="a folder checkpoints/step-…", remedy=remedy,
+        ) from problem  # fmt: skip
+    if version != FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has format {version}", expected=f"format {FORMAT}")
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            seen = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} {seen}", expected=f"{entry['bytes']} bytes", remedy=remedy
+            )
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} is corrupt",
+                expected=f"sha256 {entry['sha256'][:12]}…",
+                remedy=remedy,
+            )
+    return dict(manifest)
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint at ``step``."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> dict[int, Path]:
+    """Step -> checkpoint folder of a run, oldest first; intact or not."""
+    found = {}
+    for path in (run / CHECKPOINTS).glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match.group(1))] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(run: Path, resume: str) -> Path | None:
+    """The checkpoint that ``--resume`` means.
+
+    Args:
+        run: the run folder.
+        resume: ``auto`` for the newest intact one in ``run`` (None if it has none at all), or the path of a
+            checkpoint or of a run folder.
+
+    Raises:
+        CheckpointError: there is nothing at that path, or no checkpoint of the run is intact.
+    """
+    if resume == "auto":
+        return _newest_intact(run)
+    path = Path(resume)
+    if (path / MANIFEST).is_file() or _NAME.fullmatch(path.name):
+        return path
+    if list_checkpoints(path):
+        return _newest_intact(path)
+    raise CheckpointError(
+        f"no checkpoint at {resume}", expected="auto, a folder checkpoints/step-…, or a run folder with some"
+    )
+
+
+def _newest_intact(run: Path) -> Path | None:
+    found = list_checkpoints(run)
+    problems = []
+    for folder in reversed(found.values()):
+        try:
+            verify(folder)
+        except CheckpointError as problem:
+            problems.append(str(problem))
+            log.warning("skipped: %s", problem)
+        else:
+            return folder
+    if found:
+        raise CheckpointError(
+            f"no intact checkpoint in {run} ({problems[0]})",
+            remedy="restore one, or start in another output_dir",
+        )
+    return None
+
+
+def prune(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete checkpoints that are no longer wanted, now that ``step`` is safely on the disk.
+
+    Kept are the newest ``keep_last`` and the multiples of ``keep_every``. Checkpoints after ``step`` go too:
+    the run was resumed before them, so they belong to a past that did not happen.
+    """
+    found = list_checkpoints(run)
+    past = [s for s in found if s <= step]
+    keep = set(past[-keep_last:]) | {s for s in past if keep_every and s % keep_every == 0}
+    for folder in (folder for number, folder in found.items() if number not in keep):
+        try:
+            _discard(folder)
+        except OSError as problem:  # an old checkpoint too many is no reason to end a run
+            log.warning("%s cannot be deleted: %s", folder, problem)
+
+
+def remove_scratch(run: Path) -> None:
+    """Delete what a killed process left half-written in a run folder; all of it has hidden names."""
+    for pattern in (f"{CHECKPOINTS}/.step-*", ".latest.*", ".config.yaml.*", ".model.*"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _remedy(run: Path) -> str:
+    steps = list(list_checkpoints(run))
+    kept = f"the checkpoint at step {steps[-1]} is intact: " if steps else ""
+    return f"{kept}free space and use --resume auto"
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder under a hidden name, so that a kill halfway leaves no half of it under its own."""
+    doomed = folder.parent / f".{folder.name}.old"
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

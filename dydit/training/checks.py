@@ -1,0 +1,72 @@
+"""What is refused before training starts, and how accelerate is set up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from dydit.config import RunConfig, TrainConfig
+from dydit.dynamic.compute_loss import minimum_ratio
+from dydit.errors import CheckpointError, ConfigError
+
+# A run cannot go on from a checkpoint when one of these differs: the tensors or their meaning would not fit.
+FIXED_SECTIONS = ("task", "seed", "model", "dydit", "objective")
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """accelerate's entry point with our number format and compiler; devices are its launcher's affair."""
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps one state per process and refuses a second run with another number format.
+        AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=train.mixed_precision,
+        dynamo_backend="inductor" if train.compile else None,
+    )
+
+
+def check_target(model: Any, cfg: RunConfig) -> None:
+    """Refuse a compute target that no routing reaches.
+
+    Raises:
+        ConfigError: names the lowest target that can be reached.
+    """
+    lowest = minimum_ratio(model.shape, model.routing_config)
+    if cfg.compute.target < lowest:
+        raise ConfigError(
+            f"compute.target is {cfg.compute.target}",
+            expected=f"at least {math.ceil(lowest * 1e4) / 1e4:.4f}, the least this model can spend",
+            remedy="raise compute.target",
+        )
+
+
+def check_same_run(cfg: RunConfig, saved: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another model, objective or data order.
+
+    Steps, rates, batch size and the like may change.
+
+    Args:
+        cfg: the run now.
+        saved: the configuration in the checkpoint, as JSON values.
+
+    Raises:
+        CheckpointError: names the section that differs.
+    """
+    mine = cfg.model_dump(mode="json")
+    for section in FIXED_SECTIONS:
+        if mine[section] != saved[section]:
+            change = _first_change(section, saved[section], mine[section])
+            raise CheckpointError(
+                f"the checkpoint was made with {change}",
+                remedy=f"set {section} back, or start in another output_dir",
+            )
+
+
+def _first_change(key: str, saved: Any, mine: Any) -> str:
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        inner = next(name for name in {**saved, **mine} if saved.get(name) != mine.get(name))
+        return _first_change(f"{key}.{inner}", saved.get(inner), mine.get(inner))
+    return f"{key}={saved}, this run has {key}={mine}"

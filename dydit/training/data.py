@@ -1,0 +1,234 @@
+"""Training samples: a table of data sets, checks on every sample, and an order that can be resumed."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dydit.config import DataConfig
+from dydit.errors import ConfigError, DataError
+from dydit.shapes import ModelShape
+
+DIGITS_SIDE = 8
+DIGITS_CLASSES = 10
+DIGITS_HALF_RANGE = 8.0  # grey levels are 0..16, so value / 8 - 1 lies in [-1, 1]
+
+
+class LabelledImages(Protocol):
+    """What the trainer needs of a data set; item i is (image (C, H, W) float32 in [-1, 1], label)."""
+
+    num_classes: int
+    sample_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class Digits:
+    """The 1797 handwritten digits that come with scikit-learn: (1, 8, 8), ten classes."""
+
+    num_classes = DIGITS_CLASSES
+    sample_shape = (1, DIGITS_SIDE, DIGITS_SIDE)
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = torch.from_numpy(digits.images).float()[:, None] / DIGITS_HALF_RANGE - 1
+        self.labels = [int(label) for label in digits.target]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def _digits(config: DataConfig) -> LabelledImages:
+    if config.image_size not in (None, DIGITS_SIDE):
+        raise ConfigError(
+            f"data.image_size is {config.image_size} with data.name digits",
+            expected=str(DIGITS_SIDE),
+            remedy="leave data.image_size empty",
+        )
+    return Digits()
+
+
+# Adding a data set is adding a row.
+DATASETS: dict[str, Callable[[DataConfig], LabelledImages]] = {"digits": _digits}
+
+
+def make_dataset(config: DataConfig) -> LabelledImages:
+    """The data set that ``data.name`` names.
+
+    Raises:
+        ConfigError: there is no such data set, or its settings do not fit it.
+    """
+    if config.name not in DATASETS:
+        raise ConfigError(f"data.name is {config.name}", expected="one of " + ", ".join(DATASETS))
+    return DATASETS[config.name](config)
+
+
+def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
+    """Refuse a data set that the model cannot be trained on.
+
+    Raises:
+        DataError: it is empty, its images have another shape, or it has more classes than the model.
+    """
+    expected = (shape.in_channels, *shape.sample_size)
+    if len(dataset) == 0:
+        raise DataError("the data set has no samples", expected="at least one", remedy="check data.path")
+    if tuple(dataset.sample_shape) != expected:
+        raise DataError(
+            f"the data set's images are {dataset.sample_shape}",
+            expected=f"the model's {expected}",
+            remedy="set data.image_size, or train another model",
+        )
+    if dataset.num_classes > shape.num_classes:
+        raise DataError(
+            f"the data set has {dataset.num_classes} classes",
+            expected=f"at most the model's {shape.num_classes}",
+            remedy="train a model with more classes",
+        )
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class CheckedSamples(Dataset):
+    """A data set whose items are checked one by one; a bad one comes back as a DataError, not raised.
+
+    A value crosses from a loader process as it is; a raised error would come out wrapped in a traceback.
+    With ``skip_bad`` the next good sample takes the place of a bad one.
+    """
+
+    def __init__(self, dataset: LabelledImages, num_classes: int, skip_bad: bool = False) -> None:
+        self.dataset = dataset
+        self.num_classes = num_classes
+        self.skip_bad = skip_bad
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+        tries = len(self) if self.skip_bad else 1
+        result: tuple[Tensor, int] | DataError = DataError("the data set has no samples")
+        for offset in range(tries):
+            result = self._checked((index + offset) % len(self))
+            if not isinstance(result, DataError):
+                return result
+        return result
+
+    def _checked(self, index: int) -> tuple[Tensor, int] | DataError:
+        remedy = "repair it, or set data.on_bad=skip"
+        try:
+            image, label = self.dataset[index]
+        except (OSError, ValueError) as problem:
+            return DataError(f"sample {index} cannot be read: {problem}", remedy=remedy)
+        if not 0 <= label < self.num_classes:
+            wanted = f"0 to {self.num_classes - 1}"
+            return DataError(f"sample {index} has label {label}", expected=wanted, remedy=remedy)
+        if tuple(image.shape) != self.dataset.sample_shape:
+            wanted = f"shape {self.dataset.sample_shape}"
+            return DataError(f"sample {index} has shape {tuple(image.shape)}", expected=wanted, remedy=remedy)
+        if not image.isfinite().all():
+            return DataError(f"sample {index} has values that are not finite", remedy=remedy)
+        return image, label
+
+
+def collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
+    """Stack samples to a ``Batch``; the first error, if there is one, stands for all."""
+    good: list[tuple[Tensor, int]] = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        good.append(sample)
+    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]))
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """Order (length,) in which epoch ``epoch`` visits the samples: a pure function of its arguments."""
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+class ResumableBatches(Sampler[list[int]]):
+    """Endless batches of sample indices for one process, from any position on.
+
+    The stream of all processes together is the epochs' orders laid end to end; sample number k of it is
+    ``epoch_order(length, seed, k // length)[k % length]``. A step takes the next ``world · batch`` samples,
+    process ``rank`` every ``world``-th of them. So the position is one number, no sample is dropped at the
+    end of an epoch, and a run may go on with another number of processes.
+
+    Args:
+        length: samples in the data set.
+        seed: of the order.
+        batch: samples per process.
+        rank: of this process.
+        world: number of processes.
+        position: samples that all processes together have consumed.
+    """
+
+    def __init__(
+        self, length: int, seed: int, batch: int, rank: int = 0, world: int = 1, position: int = 0
+    ) -> None:
+        self.length, self.seed, self.batch = length, seed, batch
+        self.rank, self.world, self.position = rank, world, position
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position, size = self.position, self.batch * self.world
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            indices = []
+            for number in range(position + self.rank, position + size, self.world):
+                if number // self.length != epoch:
+                    epoch = number // self.length
+                    order = epoch_order(self.length, self.seed, epoch)
+                indices.append(int(order[number % self.length]))
+            yield indices
+            position += size
+
+
+def batches(
+    dataset: LabelledImages, config: DataConfig, shape: ModelShape, seed: int, *,
+    position: int = 0, rank: int = 0, world: int = 1, pin_memory: bool = False,
+) -> Iterator[Batch]:  # fmt: skip
+    """Endless batches of ``config.batch_size`` samples for this process, from ``position`` on.
+
+    Raises:
+        DataError: a sample is unreadable or its label lies outside the model's table (``on_bad`` raise).
+    """
+    loader = DataLoader(
+        CheckedSamples(dataset, shape.num_classes, skip_bad=config.on_bad == "skip"),
+        batch_sampler=ResumableBatches(len(dataset), seed, config.batch_size, rank, world, position),
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def epochs_seen(position: int, length: int) -> int:
+    """Whole passes over the data set after ``position`` samples."""
+    return math.floor(position / length)
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process decides when the loaders end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,226 @@
+"""The loop around ``Trainer``: steps, logs, checkpoints, and the run folder they go to."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from dydit.config import RunConfig, dump_config
+from dydit.errors import OutputError, TrainingError
+from dydit.files import check_writable, new_folder, write_file
+from dydit.training.checkpoint import (
+    CHECKPOINTS,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    remove_scratch,
+    save_checkpoint,
+)
+from dydit.training.data import LabelledImages
+from dydit.training.metrics import MetricsFile, one_line
+from dydit.training.rng import scoped_rng
+from dydit.training.signals import StopRequest, stop_on_signal
+from dydit.training.trainer import Trainer
+
+CONFIG_FILE = "config.yaml"
+MODEL_FOLDER = "model"
+
+OnStep = Callable[[int, Mapping[str, float] | None], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Args:
+        steps: optimiser steps done.
+        model: the model with the averaged weights, in evaluation mode.
+        metrics: the last record of metrics.jsonl.
+        checkpoint: folder of the last checkpoint; None after a dry run.
+        model_dir: folder with the exported averaged weights; None unless the run is finished.
+        stopped: the run was asked to stop before its last step.
+    """
+
+    steps: int
+    model: Any
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    model_dir: Path | None = None
+    stopped: bool = False
+
+
+def train(
+    model: Any, cfg: RunConfig, dataset: LabelledImages, *,
+    frozen_backbone: Any = None, resume: str | None = None, on_step: OnStep | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a model that is already built, into the run folder ``cfg.output_dir``.
+
+    The caller's random number generators are left as they were. SIGTERM and Ctrl-C end the run after the
+    current step with a checkpoint. Arguments and errors as for ``run_training``.
+
+    Args:
+        model: trained in place; ends with the averaged weights.
+        cfg: the run.
+        dataset: training samples.
+        frozen_backbone: teacher for ``warmup.mode`` distill.
+        resume: as for ``run_training``.
+        on_step: as ``callback`` there.
+    """
+    run = Path(cfg.output_dir)
+    with scoped_rng(), stop_on_signal() as stop:
+        trainer = Trainer(model, cfg, dataset, frozen_backbone)
+        loop = Loop(trainer, run, on_step)
+        loop.open(resume)
+        stopped = loop.run(stop)
+        metrics, checkpoint = loop.record, loop.checkpoint
+        steps, is_main = trainer.progress.step, trainer.accelerator.is_main_process
+        trained = trainer.close()
+    if stopped:
+        by = stop.signal_name or "another process"
+        _say(f"stopped by {by} at step {steps}; continue with --resume auto", is_main)
+        return TrainResult(steps, trained, metrics, checkpoint, stopped=True)
+    folder = export_model(trained, run / MODEL_FOLDER) if is_main else run / MODEL_FOLDER
+    return TrainResult(steps, trained, metrics, checkpoint, folder)
+
+
+class Loop:
+    """Steps, logs and checkpoints of one run, in this order within a step."""
+
+    def __init__(self, trainer: Trainer, run: Path, on_step: OnStep | None = None) -> None:
+        self.trainer, self.run_folder, self.on_step = trainer, run, on_step
+        self.is_main: bool = trainer.accelerator.is_main_process
+        self.file = MetricsFile(run, enabled=self.is_main)
+        self.record: Mapping[str, float] = {}
+        self.checkpoint: Path | None = None
+        self._timed_from, self._timed_step = time.perf_counter(), 0
+
+    def open(self, resume: str | None) -> None:
+        """Prepare the run folder and, if asked, take up a checkpoint.
+
+        Raises:
+            OutputError: the folder cannot be written, or holds a run and ``resume`` does not continue it.
+            CheckpointError: the checkpoint is broken or belongs to another run.
+        """
+        run, trainer = self.run_folder, self.trainer
+        there = list_checkpoints(run)
+        self.checkpoint = None if resume is None else find_checkpoint(run, resume)
+        if there and not _inside(self.checkpoint, run / CHECKPOINTS):
+            raise OutputError(
+                f"{run} holds a run already, up to step {list(there)[-1]}",
+                remedy="continue it with --resume auto, or set another output_dir",
+            )
+        if self.checkpoint is not None:
+            snapshot = load_checkpoint(self.checkpoint)
+            trainer.load(snapshot)
+            self.record = snapshot.state["metrics"]
+            _say(f"resumed at step {trainer.progress.step} from {self.checkpoint}", self.is_main)
+        if self.is_main:
+            check_writable(run / CHECKPOINTS)
+            remove_scratch(run)
+            write_file(run / CONFIG_FILE, dump_config(trainer.cfg))
+        self.file.truncate(trainer.progress.step)
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train to the last step; returns whether the run was stopped before it.
+
+        Raises:
+            TrainingError: the loss stayed non-finite; names the last good checkpoint.
+        """
+        progress, steps = self.trainer.progress, self.trainer.cfg.train.steps
+        self._restart_clock()
+        hidden = None if self.is_main else True  # None: where stderr is no terminal
+        with tqdm(total=steps, initial=progress.step, unit="step", disable=hidden) as bar:
+            while progress.step < steps:
+                try:
+                    stopping = self.trainer.step(stop)
+                except TrainingError as problem:
+                    raise TrainingError(f"{problem}; {self._last_good()}") from None
+                self._after_step(bar, stopping)
+                if stopping:
+                    break
+        return progress.step < steps
+
+    def _after_step(self, bar: Any, stopping: bool) -> None:
+        trainer, step = self.trainer, self.trainer.progress.step
+        last = step == trainer.cfg.train.steps
+        logged = step % trainer.cfg.train.log_every == 0 or last
+        if logged:
+            self._log(bar)
+        if step % trainer.cfg.train.save_every == 0 or last or stopping:
+            started = time.perf_counter()
+            self.save()
+            self._timed_from += time.perf_counter() - started  # saving is not training
+        bar.update()
+        if self.on_step is not None:
+            self.on_step(step, self.record if logged else None)
+
+    def _log(self, bar: Any) -> None:
+        record = self.trainer.metrics()
+        seconds = time.perf_counter() - self._timed_from
+        record["images_per_s"] = (record["step"] - self._timed_step) * self.trainer.global_batch / seconds
+        self.record = record
+        self.file.append(record)
+        self._restart_clock()
+        if bar.disable:
+            _say(one_line(record), self.is_main)
+        else:
+            bar.write(one_line(record), file=sys.stderr)
+
+    def save(self) -> Path:
+        """Checkpoint now; every process learns whether it worked.
+
+        Raises:
+            OutputError: it could not be written; the one before is intact.
+        """
+        snapshot = self.trainer.snapshot(dict(self.record))
+        train = self.trainer.cfg.train
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [save_checkpoint(self.run_folder, snapshot)]
+                prune(self.run_folder, snapshot.step, train.keep_last, train.keep_every)
+            except OutputError as problem:
+                outcome = [problem]
+        outcome = broadcast_object_list(outcome)
+        if isinstance(outcome[0], OutputError):
+            raise outcome[0]
+        self.checkpoint = outcome[0]
+        return outcome[0]
+
+    def _restart_clock(self) -> None:
+        self._timed_from, self._timed_step = time.perf_counter(), self.trainer.progress.step
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.checkpoint or 'none: nothing was saved before'}"
+
+
+def export_model(model: Any, folder: Path) -> Path:
+    """Save a model's weights and config alone, under a temporary name and then at ``folder``.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is intact.
+    """
+    with new_folder(folder) as scratch:
+        try:
+            model.save_pretrained(scratch)
+        except SafetensorError as problem:  # its way to tell of a full disk
+            raise OutputError(f"{folder} cannot be written ({problem})", remedy="free space") from problem
+    return folder
+
+
+def _inside(path: Path | None, folder: Path) -> bool:
+    return path is not None and path.resolve().parent == folder.resolve()
+
+
+def _say(text: str, is_main: bool) -> None:
+    if is_main:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""A training run from its configuration alone: build model and data, then train, or only try it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from dydit.config import RunConfig, dump_config
+from dydit.costs import static_macs
+from dydit.dynamic.convert import convert
+from dydit.models.dit import DiT
+from dydit.models.loading import load_backbone
+from dydit.training.data import LabelledImages, make_dataset
+from dydit.training.loop import OnStep, TrainResult, train
+from dydit.training.metrics import one_line
+from dydit.training.rng import scoped_rng
+from dydit.training.trainer import Trainer
+
+
+def run_training(
+    cfg: RunConfig, resume: str | None = None, dry_run: bool = False, callback: OnStep | None = None
+) -> TrainResult:
+    """Build model and data as configured, and train.
+
+    Args:
+        cfg: the run; ``task`` pretrain trains a static DiT, finetune converts a backbone and trains that.
+        resume: ``auto`` (newest intact checkpoint in ``output_dir``, or from the start if there is none), the
+            path of a checkpoint or run folder, or None to start in an empty folder.
+        dry_run: print configuration, sizes and compute, try one step, write nothing.
+        callback: called after every step with its number, and with the metrics when they were logged.
+
+    Raises:
+        ConfigError: model, data and settings do not fit together, or the compute target cannot be reached.
+        CheckpointError: the backbone or the checkpoint to resume cannot be used.
+        DataError: a sample cannot be used.
+        OutputError: the run folder cannot be written, or holds a run already.
+        TrainingError: the loss stayed non-finite.
+    """
+    with scoped_rng():
+        set_seed(cfg.seed)
+        model, backbone = build_model(cfg)
+    dataset = make_dataset(cfg.data)
+    if dry_run:
+        print(describe(model, cfg))
+        return _try_one_step(model, cfg, dataset, backbone)
+    return train(model, cfg, dataset, frozen_backbone=backbone, resume=resume, on_step=callback)
+
+
+def build_model(cfg: RunConfig) -> tuple[Any, Any]:
+    """The model to train, and the backbone it was converted from (None for pretrain)."""
+    if cfg.task == "pretrain":
+        assert cfg.model is not None  # RunConfig refuses pretrain without it
+        arguments = cfg.model.dit_arguments()
+        preset = cfg.model.preset
+        return (DiT(**arguments) if preset is None else DiT.from_preset(preset, **arguments)), None
+    assert cfg.backbone is not None
+    backbone = load_backbone(cfg.backbone)
+    distils = cfg.warmup.mode == "distill" and cfg.warmup.steps > 0
+    return convert(backbone, cfg.dydit, copy=distils), backbone if distils else None
+
+
+def describe(model: Any, cfg: RunConfig) -> str:
+    """The resolved configuration, the parameter counts and the compute of a run, as text."""
+    parameters = sum(p.numel() for p in model.parameters())
+    gmacs = static_macs(model.shape) / 1e9
+    lines = [dump_config(cfg).rstrip(), f"parameters: {parameters:,}"]
+    if cfg.task == "finetune":
+        lines[-1] += f" ({sum(p.numel() for p in model.router_parameters()):,} in routers)"
+    lines.append(f"static compute: {gmacs:.6g} GMACs = {2 * gmacs:.6g} GFLOPs per image and step")
+    if cfg.task == "finetune":
+        wanted = gmacs * cfg.compute.target
+        lines.append(f"target {cfg.compute.target:g}: {wanted:.6g} GMACs = {2 * wanted:.6g} GFLOPs")
+    return "\n".join(lines)
+
+
+def _try_one_step(model: Any, cfg: RunConfig, dataset: LabelledImages, backbone: Any) -> TrainResult:
+    with scoped_rng():
+        trainer = Trainer(model, cfg, dataset, backbone)
+        trainer.step()
+        record = trainer.metrics()
+        print(f"one step of {trainer.global_batch} images: {one_line(record)}")
+        return TrainResult(1, trainer.close(), record)
