@@ -105,10 +105,15 @@ def patch_embedding_macs(shape: ModelShape) -> int:
 def embedding_macs(shape: ModelShape) -> int:
     """MACs of the timestep MLP and, with text, of the shared modulation and the caption projection."""
     D = shape.hidden_size
-    macs = FREQUENCY_SIZE * D + D * D
+    macs = timestep_macs(shape)
     if shape.conditioning == "adaln_single":
         macs += 6 * D * D + shape.context_length * (shape.context_dim * D + D * D)
     return macs
+
+
+def timestep_macs(shape: ModelShape) -> int:
+    """MACs of one timestep MLP."""
+    return (FREQUENCY_SIZE + shape.hidden_size) * shape.hidden_size
 
 
 def decoder_macs(shape: ModelShape) -> int:
@@ -120,7 +125,8 @@ def decoder_macs(shape: ModelShape) -> int:
 
 
 def _conditioning_macs(shape: ModelShape) -> int:
-    return MODULATION_ROWS.get(shape.conditioning, 0) * shape.hidden_size**2
+    own_embedding = timestep_macs(shape) if shape.embeds_per_block else 0
+    return own_embedding + MODULATION_ROWS.get(shape.conditioning, 0) * shape.hidden_size**2
 
 
 def _cross_attention_macs(shape: ModelShape) -> int:

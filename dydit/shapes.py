@@ -36,6 +36,7 @@ class ModelShape:
         conditioning: one of ``CONDITIONINGS``.
         context_dim: width of a text token (adaln_single only).
         context_length: number of text tokens (adaln_single only).
+        embeds_per_block: every block has a timestep MLP of its own (diffusers' ``DiTTransformer2DModel``).
 
     Raises:
         ShapeError: a number is below 1, does not divide what it should, or the conditioning is unknown.
@@ -54,6 +55,7 @@ class ModelShape:
     conditioning: str = "adaln_zero"
     context_dim: int = 0
     context_length: int = 0
+    embeds_per_block: bool = False
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "depth", "num_classes"):

@@ -13,6 +13,10 @@ from dydit.errors import ShapeError
 # Class name -> (module and class of the model, module and class of its adapter); imported on first use.
 ADAPTERS = {
     "DiT": ("dydit.models.dit:DiT", "dydit.adapters.dit:DiTAdapter"),
+    "DiTTransformer2DModel": (
+        "diffusers:DiTTransformer2DModel",
+        "dydit.adapters.diffusers_dit:DiffusersDiTAdapter",
+    ),
 }
 
 
@@ -38,9 +42,18 @@ def build_backbone(class_name: str, config: dict[str, Any]) -> nn.Module:
     Raises:
         ShapeError: the class is not supported.
     """
+    return backbone_type(class_name)(**config)
+
+
+def backbone_type(class_name: str) -> type[nn.Module]:
+    """The class of a supported backbone by its name.
+
+    Raises:
+        ShapeError: it is not supported.
+    """
     if class_name not in ADAPTERS:
         raise ShapeError(f"backbone of class {class_name!r}", expected="one of " + ", ".join(ADAPTERS))
-    return _resolve(ADAPTERS[class_name][0])(**config)
+    return _resolve(ADAPTERS[class_name][0])
 
 
 def _resolve(path: str) -> Any:

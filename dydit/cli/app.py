@@ -43,7 +43,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     export: "dydit export runs/digits --steps 50 --out exports/digits",
     sample: "dydit sample runs/digits --labels 0,1,2 --num 12 --out samples",
     macs: "dydit macs DiT-XL/2 --sample-size 32",
-    report: "dydit report runs/quickstart",
+    report: "dydit report quickstart",
 }
 for _verb, _example in _EXAMPLES.items():
     app.command(epilog=f"Example: {_example}")(_verb)

@@ -14,7 +14,9 @@ _MANIFEST = "manifest.json"
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A DyDiT's folder, or a run's.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A DyDiT: its folder or file, or a run's folder.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; an export that is there is replaced.")],
     sampler: Sampler = None,
     steps: Steps = None,

@@ -11,9 +11,7 @@ import typer
 def macs(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL_OR_PRESET", help="A preset such as DiT-XL/2, or a model's or run's folder."
-        ),
+        typer.Argument(metavar="MODEL_OR_PRESET", help="A preset such as DiT-XL/2, or a model or run."),
     ],
     sample_size: Annotated[
         int, typer.Option(min=1, help="Side of the input in latent pixels; presets only.")

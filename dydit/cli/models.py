@@ -1,8 +1,7 @@
-"""The model that a verb's MODEL argument means: a folder, a run's folder, or a Hub id."""
+"""The model that a verb's MODEL argument means: a weights file, a folder, a run's folder, or a Hub id."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.loading import load_dydit
 from dydit.errors import CheckpointError
 from dydit.models.dit import DiT
-from dydit.models.loading import load_backbone
+from dydit.models.loading import load_backbone, stored_class
 from dydit.training.loop import CONFIG_FILE, MODEL_FOLDER
 
 
@@ -31,7 +30,7 @@ def open_model(path: str) -> DiT | DyDiT:
         CheckpointError: there is none, or it is broken.
     """
     path = _model_path(path)
-    return load_dydit(path) if _class_name(path) == DyDiT.__name__ else load_backbone(path)
+    return load_dydit(path) if stored_class(path) == DyDiT.__name__ else load_backbone(path)
 
 
 def sampler_defaults(path: str) -> dict[str, Any]:
@@ -59,21 +58,3 @@ def _model_path(path: str) -> str:
 def _run_folder(path: str) -> Path | None:
     folder = Path(find_path(path))
     return folder if (folder / CONFIG_FILE).is_file() else None
-
-
-def _class_name(path: str) -> str:
-    """The class that a model's config names; empty if it cannot be read, which loading then reports."""
-    if not Path(path).is_dir():
-        return _hub_class_name(path) if path.count("/") == 1 else ""
-    try:
-        config = json.loads((Path(path) / DyDiT.config_name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
-
-
-def _hub_class_name(model_id: str) -> str:
-    try:
-        return str(DyDiT.load_config(model_id).get("_class_name", ""))
-    except Exception:  # diffusers and the Hub client raise many kinds
-        return ""

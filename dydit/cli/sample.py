@@ -12,7 +12,9 @@ from dydit.errors import DataError, ScheduleError
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A DiT or DyDiT: its folder, or a run's.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A DiT or DyDiT: its folder or file, or a run's.")
+    ],
     labels: Annotated[str, typer.Option(metavar="0,1,...", help="Classes to draw, repeated in turn.")],
     out: Annotated[Path, typer.Option(help="Folder for samples.png and samples.safetensors.")],
     schedule: Annotated[
@@ -46,7 +48,7 @@ def sample(
     method = make_sampler(settings, network.shape.learn_sigma)
     network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if plan is not None:
-        for timestep in method.call_timesteps:
+        for timestep in method.timesteps:
             plan.index_of(timestep)  # a missing one is told before any work is done
         network = SubnetEngine(network, plan)
     check_writable(out)

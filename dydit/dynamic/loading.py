@@ -2,21 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from dydit.adapters.registry import backbone_type
+from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
-from dydit.models.loading import load_folder
+from dydit.errors import CheckpointError
+from dydit.models.checkpoints.config_file import check_arguments, read_config
+from dydit.models.checkpoints.filling import load_model
+from dydit.models.checkpoints.locate import locate, open_weights
+from dydit.models.checkpoints.names import IDENTITY, expand
+from dydit.models.checkpoints.public_dit import infer_arguments
+from dydit.models.checkpoints.public_dydit import TABLE, has_routers, head_candidates, infer_routing
+from dydit.models.checkpoints.sources import TensorSource
 
 
-def load_dydit(path: str | Path, **options: Any) -> DyDiT:
-    """Load a DyDiT.
+def load_dydit(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    sample_size: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> DyDiT:
+    """Load a DyDiT, in evaluation mode on the CPU.
 
     Args:
-        path: a folder written by ``save_pretrained``, or a Hub id.
-        options: passed on to ``from_pretrained`` (``revision``, ``torch_dtype``, …).
+        path: a public DyDiT file of either release (``.pt``: a state dict, bare or under ``ema`` or
+            ``model``), a folder written by ``save_pretrained``, or a Hub id.
+        num_heads: attention heads of a public file of no published size.
+        sample_size: latent size of a public file whose position embedding does not tell its grid.
+        dtype: convert the weights to it; None = as stored.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: missing, truncated, or of another architecture.
+        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is missing,
+            left over, misshapen, of no float type, or not finite.
     """
-    return load_folder(DyDiT, path, **options)
+    place = locate(path, revision)
+    if place.is_dir():
+        return _load_folder(place, dtype)
+    source = open_weights(place)
+    backbone, routing = infer_dydit(source, num_heads, sample_size)
+    return load_model(
+        lambda: DyDiT("DiT", backbone, DyDiTConfig(**routing).model_dump()),
+        lambda blueprint: expand(TABLE, blueprint, backbone["depth"]),
+        source,
+        dtype,
+    )
+
+
+def infer_dydit(
+    source: TensorSource, num_heads: int | None = None, sample_size: int | Sequence[int] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the backbone and fields of ``DyDiTConfig`` of a public file.
+
+    Raises:
+        CheckpointError: the tensors are no DyDiT's, or leave a number open.
+    """
+    if not has_routers(source):
+        raise CheckpointError(
+            f"{source.label} holds no routers",
+            expected="a DyDiT",
+            remedy="load a static model with load_backbone and make it dynamic with convert",
+        )
+    if num_heads is None:
+        num_heads = _told_heads(source)
+    backbone = infer_arguments(source, num_heads, sample_size)
+    return backbone, infer_routing(source, backbone["num_heads"], backbone["hidden_size"])
+
+
+def public_state(model: DyDiT) -> dict[str, Tensor]:
+    """The state dict of a DyDiT by the names of the public files.
+
+    Raises:
+        CheckpointError: a tensor has no name there.
+    """
+    state = model.state_dict()
+    return {entry.theirs[0]: state[entry.ours] for entry in expand(TABLE, state, model.shape.depth)}
+
+
+def _told_heads(source: TensorSource) -> int | None:
+    """H where the routers leave one possibility, else None: that of the published size."""
+    pixels = source.facts.get("x_embedder.proj.weight")
+    if pixels is None or not pixels.shape:
+        return None
+    candidates = head_candidates(source, pixels.shape[0])
+    return candidates.pop() if len(candidates) == 1 else None
+
+
+def _load_folder(place: Path, dtype: torch.dtype | None) -> DyDiT:
+    class_name, settings = read_config(place)
+    if class_name != DyDiT.__name__:
+        raise CheckpointError(
+            f"{place} holds a {class_name}",
+            expected="a DyDiT",
+            remedy="load a static model with load_backbone and make it dynamic with convert",
+        )
+    source = open_weights(place)
+    _check_settings(source, settings)
+    return load_model(
+        lambda: DyDiT(**settings), lambda blueprint: expand(IDENTITY, blueprint, 0), source, dtype
+    )
+
+
+def _check_settings(source: TensorSource, settings: Mapping[str, Any]) -> None:
+    """Refuse a config with anything in it that a DyDiT or its backbone does not take."""
+    label, limit = source.label, len(source.facts)
+    check_arguments(label, DyDiT, settings, max_depth=limit)
+    for name in ("backbone_class", "backbone_config", "dydit"):
+        if name not in settings:
+            raise CheckpointError(f"{label}: config.json lacks {name}", remedy="copy or download it again")
+    backbone: type[nn.Module] = backbone_type(settings["backbone_class"])
+    check_arguments(label, backbone, settings["backbone_config"], max_depth=limit)

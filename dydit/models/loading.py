@@ -2,74 +2,154 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from diffusers import ModelMixin
+import torch
+from diffusers import DiTTransformer2DModel
 
 from dydit.errors import CheckpointError
+from dydit.models.checkpoints.class_table import with_classes
+from dydit.models.checkpoints.config_file import check_arguments, defaults_of, read_config
+from dydit.models.checkpoints.diffusers_layout import COMPUTED, LEGACY_SETTINGS, TABLE, dit_arguments
+from dydit.models.checkpoints.filling import load_model
+from dydit.models.checkpoints.locate import locate, open_weights
+from dydit.models.checkpoints.names import IDENTITY, Row, expand
+from dydit.models.checkpoints.public_dit import infer_arguments
+from dydit.models.checkpoints.public_dydit import has_routers
+from dydit.models.checkpoints.sources import TensorSource
 from dydit.models.dit import DiT
 
-T = TypeVar("T", bound=ModelMixin)
 
-
-def load_backbone(path: str | Path, **options: Any) -> DiT:
-    """Load a static backbone.
+def load_backbone(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    on_class_mismatch: str = "error",
+    num_heads: int | None = None,
+    sample_size: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> DiT:
+    """Load a static backbone, in evaluation mode on the CPU.
 
     Args:
-        path: a folder written by ``save_pretrained``, or a Hub id.
-        options: passed on to ``from_pretrained`` (``revision``, ``torch_dtype``, …).
+        path: a public DiT file (``.pt``: a state dict, bare or under ``ema`` or ``model``; or the same tensors
+            in ``.safetensors``), a folder of this project, a folder of diffusers' ``DiTTransformer2DModel`` or
+            of a pipeline around one, or a Hub id.
+        num_classes: number of classes that is needed; None = as stored.
+        on_class_mismatch: where another number is stored: ``error`` refuses, ``drop`` starts a fresh label
+            table, of which only the null class's row is kept (logged as a warning).
+        num_heads: attention heads of a public file of no published size; it cannot be read off the tensors.
+        sample_size: latent size of a public file whose position embedding does not tell its grid.
+        dtype: convert the weights to it; None = as stored.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: missing, truncated, or of another architecture.
+        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is missing,
+            left over, misshapen, of no float type, or not finite.
     """
-    return load_folder(DiT, path, **options)
+    place = locate(path, revision)
+    if place.is_file():
+        model = _load_file(place, num_heads, sample_size, dtype)
+    else:
+        model = _load_folder(place, dtype)
+        _check_asked(str(path), model, num_heads, sample_size)
+    return model if num_classes is None else with_classes(model, num_classes, on_class_mismatch)
 
 
-def load_folder(cls: type[T], path: str | Path, **options: Any) -> T:
-    """``cls.from_pretrained`` with errors that say what is wrong, and weights that must fit exactly.
+def stored_class(path: str | Path, revision: str | None = None) -> str:
+    """What a file, folder or Hub id holds, without loading it: ``DiT``, ``DyDiT``, ``DiTTransformer2DModel``, ….
 
     Raises:
-        CheckpointError: missing, truncated, of another class, or with tensors left over or absent.
+        CheckpointError: it cannot be read.
     """
-    if not Path(path).is_dir() and _looks_local(path):
+    place = locate(path, revision)
+    if place.is_dir():
+        return read_config(place)[0]
+    return "DyDiT" if has_routers(open_weights(place)) else "DiT"
+
+
+def _load_file(
+    place: Path, num_heads: int | None, sample_size: int | Sequence[int] | None, dtype: torch.dtype | None
+) -> DiT:
+    source = open_weights(place)
+    if has_routers(source):
+        raise CheckpointError(f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit")
+    arguments = infer_arguments(source, num_heads, sample_size)
+    return _load_dit(source, arguments, dtype)
+
+
+def _load_folder(place: Path, dtype: torch.dtype | None) -> DiT:
+    class_name, settings = read_config(place)
+    if class_name not in _FOLDERS:
         raise CheckpointError(
-            f"no model folder at {path}",
-            expected="a folder with config.json and safetensors",
-            remedy="check the path, or give a Hub id",
+            f"{place} holds a {class_name}",
+            expected="one of " + ", ".join(_FOLDERS),
+            remedy="load it with load_dydit" if class_name == "DyDiT" else "",
         )
-    options.setdefault("use_safetensors", True)  # never fall back to unpickling
-    try:
-        found = cls.load_config(str(path)).get("_class_name")
-        if found != cls.__name__:
-            raise CheckpointError(f"{path} holds a {found}", expected=f"a {cls.__name__}")
-        model, info = cls.from_pretrained(str(path), output_loading_info=True, **options)
-    except CheckpointError:
-        raise
-    except Exception as error:  # diffusers, safetensors and the Hub client each raise their own
-        raise CheckpointError(
-            f"{path} cannot be loaded ({_first_line(error)})",
-            expected=f"a complete {cls.__name__} folder",
-            remedy="copy or download it again",
-        ) from error
-    _check_complete(path, info)
-    return model.eval()
+    source = open_weights(place)
+    read_arguments, table, computed = _FOLDERS[class_name]
+    return _load_dit(source, read_arguments(source, settings), dtype, table, computed)
 
 
-def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
-    for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
-        if names := sorted(info.get(kind) or ()):
-            raise CheckpointError(f"{path} {verb} tensor {names[0]} and {len(names) - 1} more")
-    if info.get("error_msgs"):
-        raise CheckpointError(f"{path}: {_first_line(info['error_msgs'][0])}")
+def _load_dit(
+    source: TensorSource,
+    arguments: dict[str, Any],
+    dtype: torch.dtype | None,
+    table: Sequence[Row] = IDENTITY,
+    computed: Sequence[str] = (),
+) -> DiT:
+    """A DiT of known arguments around stored tensors.
+
+    Args:
+        source: the tensors.
+        arguments: of the constructor.
+        dtype: see ``load_backbone``.
+        table: our names and the source's.
+        computed: our tensors that the source does not store.
+
+    Raises:
+        CheckpointError: see ``load_model``.
+    """
+
+    def entries(blueprint: Mapping[str, Any]) -> list[Any]:
+        return expand(table, [name for name in blueprint if name not in computed], arguments["depth"])
+
+    return load_model(lambda: DiT(**arguments), entries, source, dtype)
 
 
-def _looks_local(path: str | Path) -> bool:
-    """Hub ids are ``owner/name``: neither absolute, nor dotted, nor deeper, nor with an existing parent."""
-    text = str(path)
-    return text.count("/") != 1 or text.startswith(("/", ".", "~")) or Path(text).parent.is_dir()
+def _dit_settings(source: TensorSource, settings: dict[str, Any]) -> dict[str, Any]:
+    check_arguments(source.label, DiT, settings, max_depth=len(source.facts))
+    return {**defaults_of(DiT), **settings}
 
 
-def _first_line(error: object) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def _diffusers_settings(source: TensorSource, settings: dict[str, Any]) -> dict[str, Any]:
+    check_arguments(source.label, DiTTransformer2DModel, settings, max_depth=len(source.facts))
+    return dit_arguments(source.label, settings)
+
+
+def _legacy_settings(source: TensorSource, settings: dict[str, Any]) -> dict[str, Any]:
+    inert = {name for name, value in LEGACY_SETTINGS.items() if settings.get(name) == value}
+    return _diffusers_settings(source, {k: v for k, v in settings.items() if k not in inert})
+
+
+_ReadSettings = Callable[[TensorSource, dict[str, Any]], dict[str, Any]]
+
+# Class that a folder's config names -> constructor arguments, names of the tensors, tensors not stored.
+_FOLDERS: dict[str, tuple[_ReadSettings, tuple[Row, ...], tuple[str, ...]]] = {
+    "DiT": (_dit_settings, IDENTITY, ()),
+    "DiTTransformer2DModel": (_diffusers_settings, TABLE, COMPUTED),
+    "Transformer2DModel": (_legacy_settings, TABLE, COMPUTED),
+}
+
+
+def _check_asked(
+    path: str, model: DiT, num_heads: int | None, sample_size: int | Sequence[int] | None
+) -> None:
+    """A folder states its numbers: one that was asked for is either the same or a mistake."""
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    for name, asked in (("num_heads", num_heads), ("sample_size", sides and tuple(sides))):
+        if asked is not None and asked != (found := getattr(model.shape, name)):
+            raise CheckpointError(f"{name} {asked} asked of {path}", expected=f"{found}, as its config.json has")

@@ -83,7 +83,7 @@ def token_pictures(timesteps: NDArray, images: NDArray, keep_maps: NDArray) -> F
     columns, examples = images.shape[:2]
     figure = Figure(figsize=(0.9 + 1.1 * columns, 2.25 * examples + 0.9), layout="constrained")
     axes = figure.subplots()
-    # Tiles are 1 × 1 on one pair of axes, an example every 2.25: many small axes would take seconds to lay out.
+    # Tiles are 1 × 1, all on one pair of axes: many small axes would take seconds to lay out.
     tops = [2.25 * example for example in range(examples)]
     for column in range(columns):
         left = 1.1 * column

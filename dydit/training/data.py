@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
@@ -226,7 +225,7 @@ def batches(
 
 def epochs_seen(position: int, length: int) -> int:
     """Whole passes over the data set after ``position`` samples."""
-    return math.floor(position / length)
+    return position // length
 
 
 def _ignore_interrupt(_worker: int) -> None:

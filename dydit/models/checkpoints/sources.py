@@ -18,6 +18,9 @@ WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the files in a model
 # safetensors' names of the types that weights can have, in torch's words.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
+# What safetensors raises over a file that is damaged, or gone.
+_READ_ERRORS = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError)
+
 
 @dataclass(frozen=True)
 class TensorFacts:
@@ -65,8 +68,11 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor; the file is mapped only meanwhile, so that no page of it counts twice."""
-        with safe_open(self._paths[name], framework="pt") as file:
-            return file.get_tensor(name).clone()
+        try:
+            with safe_open(self._paths[name], framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except _READ_ERRORS as error:
+            raise CheckpointError(f"{self.label}: tensor {name} cannot be read ({first_line(error)})") from error
 
 
 def _safetensors_facts(path: Path) -> dict[str, TensorFacts]:
@@ -77,7 +83,7 @@ def _safetensors_facts(path: Path) -> dict[str, TensorFacts]:
                 name: TensorFacts(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()))
                 for name, s in slices.items()
             }
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+    except _READ_ERRORS as error:
         raise CheckpointError(
             f"{path} is truncated or no safetensors file ({first_line(error)})",
             remedy="copy or download it again",

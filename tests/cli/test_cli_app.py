@@ -1,0 +1,107 @@
+"""The frame around the verbs: help, version, mistakes in one line, Ctrl-C."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import dydit
+import dydit.config
+from dydit.cli.app import main
+from dydit.cli.sampler_options import SamplerChoice
+from dydit.config.sections import SamplerName
+
+VERBS = ("quickstart", "pretrain", "finetune", "export", "sample", "macs", "report")
+
+
+def test_help_names_every_verb(command: Any) -> None:
+    outcome = command("--help")
+    assert outcome.status == 0
+    for verb in VERBS:
+        assert f"\n  {verb} " in outcome.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_an_example(command: Any, verb: str) -> None:
+    outcome = command(verb, "--help")
+    assert outcome.status == 0
+    assert f"Example: dydit {verb}" in outcome.out
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from dydit.cli.app import main\n"
+        "assert main(['sample', '--help']) == main(['--help']) == 0\n"
+        "sys.exit(bool({'torch', 'diffusers', 'numpy', 'rich'} & set(sys.modules)) and 'heavy import')"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Seconds of processor, not of the wall: others may be using the machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_version(command: Any) -> None:
+    outcome = command("--version")
+    assert (outcome.status, outcome.out) == (0, f"dydit {dydit.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["bake"], "No such command 'bake'; see dydit --help"),
+        (["sample", "--colour"], "No such option: --colour"),
+        (["sample", "x", "--out", "y"], "Missing option '--labels'"),
+        (["sample", "x", "--labels", "1", "--out", "y", "--sampler", "euler"], "'flow_euler'"),
+        (["export"], "Missing"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(command: Any, words: list[str], part: str) -> None:
+    assert part in command(*words).error
+
+
+@pytest.mark.parametrize(
+    "words", [["--debug", "finetune", "none.yaml"], ["finetune", "none.yaml", "--debug"]]
+)
+def test_debug_shows_the_traceback(words: list[str]) -> None:
+    with pytest.raises(dydit.DyditError, match="none.yaml"):
+        main(words)
+
+
+def test_interruption(command: Any, monkeypatch: pytest.MonkeyPatch, finetune_yaml: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dydit.config, "load_config", interrupt)
+    outcome = command("finetune", finetune_yaml)
+    assert (outcome.status, outcome.err) == (130, "error: interrupted\n")
+
+
+def test_other_trouble_with_files_is_one_line(
+    command: Any, monkeypatch: pytest.MonkeyPatch, finetune_yaml: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(dydit.config, "load_config", fail)
+    assert "No space left on device: 'somewhere'" in command("finetune", finetune_yaml).error
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, finetune_yaml: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("not the user's")
+
+    monkeypatch.setattr(dydit.config, "load_config", fail)
+    with pytest.raises(AssertionError):
+        main(["finetune", str(finetune_yaml)])
+
+
+def test_sampler_choices_are_those_of_the_configuration() -> None:
+    assert {choice.value for choice in SamplerChoice} == set(get_args(SamplerName))

@@ -1,0 +1,179 @@
+"""``dydit export`` and ``dydit sample``: what comes out, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dydit.cli.sample import exported_sampler, parse_labels
+from dydit.cli.sampler_options import SamplerChoice, sampler_settings
+from dydit.errors import ConfigError, DataError, ScheduleError
+
+
+def test_export_says_what_it_wrote(command: Any, models: Any, tmp_path: Path) -> None:
+    outcome = command("export", models.dynamic, "--out", tmp_path / "e", "--sampler", "ddpm", "--steps", "5")
+    assert outcome.status == 0, outcome.err
+    assert "ddpm, 5 timesteps" in outcome.out
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
+        "manifest.json",
+        "schedule.safetensors",
+    ]
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    assert (manifest["sampler"]["name"], len(manifest["timesteps"])) == ("ddpm", 5)
+
+
+def test_an_export_may_be_replaced_but_no_other_folder(command: Any, models: Any, tmp_path: Path) -> None:
+    export = ("export", models.dynamic, "--steps", "3", "--out")
+    assert command(*export, tmp_path / "e").status == 0
+    assert command(*export, tmp_path / "e").status == 0
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    assert "holds other files" in command(*export, tmp_path / "thesis").error
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_engine_draws_what_the_masked_model_draws(
+    command: Any, models: Any, exported: Path, tmp_path: Path
+) -> None:
+    words = ("--labels", "0,3", "--num", "5", "--steps", "4", "--seed", "7", "--out")
+    assert command("sample", exported, "--schedule", exported, *words, tmp_path / "engine").status == 0
+    assert command("sample", models.dynamic, *words, tmp_path / "masked").status == 0
+    engine, masked = (load_file(tmp_path / name / "samples.safetensors") for name in ("engine", "masked"))
+    assert engine["labels"].tolist() == [0, 3, 0, 3, 0]
+    assert engine["images"].shape == (5, 1, 8, 8)
+    torch.testing.assert_close(engine["images"], masked["images"], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_commands_write_equal_files(command: Any, models: Any, tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        words = ("--labels", "1", "--steps", "3", "--out", tmp_path / name)
+        assert command("sample", models.static, *words).status == 0
+        files.append(
+            [(tmp_path / name / file).read_bytes() for file in ("samples.png", "samples.safetensors")]
+        )
+    assert files[0] == files[1]
+
+
+def test_guidance_and_facts(command: Any, models: Any, exported: Path, tmp_path: Path) -> None:
+    words = ("--labels", "1,2", "--guidance-scale", "2", "--guided-channels", "all", "--out", tmp_path)
+    assert command("sample", models.dynamic, "--schedule", exported, *words).status == 0
+    with safe_open(tmp_path / "samples.safetensors", "pt") as file:
+        sampler = json.loads(file.metadata()["dydit"])["sampler"]
+    # The steps are those of the export.
+    assert (sampler["steps"], sampler["guidance_scale"], sampler["guided_channels"]) == (4, 2.0, None)
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.width > 2 * 64
+
+
+@pytest.mark.parametrize("labels", ["10", "-1", "0,10"])
+def test_labels_out_of_range(command: Any, models: Any, tmp_path: Path, labels: str) -> None:
+    told = command("sample", models.static, f"--labels={labels}", "--out", tmp_path / "s").error
+    assert "a class of the model, 0 to 9" in told
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_timestep_that_the_schedule_lacks(
+    command: Any, models: Any, exported: Path, tmp_path: Path
+) -> None:
+    words = ("--labels", "0", "--steps", "7", "--out", tmp_path / "s")
+    told = command("sample", models.dynamic, "--schedule", exported, *words).error
+    assert "export again" in told
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_schedule_for_other_weights(command: Any, models: Any, exported: Path, tmp_path: Path) -> None:
+    words = ("--labels", "0", "--out", tmp_path / "s")
+    assert "sha256" in command("sample", models.other, "--schedule", exported, *words).error
+    assert "DyDiT" in command("sample", models.static, "--schedule", exported, *words).error
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_truncated_weights(command: Any, models: Any, tmp_path: Path, keep: int) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models.dynamic, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert str(broken) in command("export", broken, "--out", tmp_path / "e").error
+    assert str(broken) in command("sample", broken, "--labels", "0", "--out", tmp_path / "e").error
+    assert not (tmp_path / "e").exists()
+
+
+def test_truncated_schedule(command: Any, models: Any, exported: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    masks = broken / "schedule.safetensors"
+    masks.write_bytes(masks.read_bytes()[:-8])
+    words = ("--labels", "0", "--out", tmp_path / "s")
+    assert str(masks) in command("sample", models.dynamic, "--schedule", broken, *words).error
+
+
+def test_missing_model(command: Any, models: Any, tmp_path: Path) -> None:
+    for verb in (("export",), ("sample", "--labels", "0")):
+        assert "nowhere" in command(*verb, "nowhere", "--out", tmp_path / "e").error
+    assert "expected a DyDiT" in command("export", models.static, "--out", tmp_path / "e").error
+    assert not (tmp_path / "e").exists()
+
+
+def test_an_unfinished_run(command: Any, finetune_yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finetune_yaml, run / "config.yaml")
+    assert "is not finished" in command("export", run, "--out", tmp_path / "e").error
+
+
+def test_unwritable_output(command: Any, models: Any, blocked: Path) -> None:
+    assert str(blocked) in command("export", models.dynamic, "--out", blocked).error
+    assert (
+        str(blocked)
+        in command("sample", models.static, "--labels", "0", "--steps", "2", "--out", blocked).error
+    )
+
+
+def test_nothing_is_left_of_a_failed_export(
+    command: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dydit.dynamic.dydit import DyDiT
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DyDiT, "save_pretrained", fail)
+    words = ("--steps", "2", "--with-weights", "--out", tmp_path / "e")
+    assert "No space left" in command("export", models.dynamic, *words).error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_are_not_finite_are_no_success(command: Any, models: Any, tmp_path: Path) -> None:
+    words = ("--labels", "0", "--guidance-scale", "1e38", "--guided-channels", "all", "--steps", "3")
+    outcome = command("sample", models.static, *words, "--out", tmp_path)
+    assert outcome.status == 2
+    assert "1 of 1 samples are not finite" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_given_options_go_over_the_defaults() -> None:
+    defaults = {"name": "ddpm", "steps": 9, "guidance_scale": 3.0, "guided_channels": 2}
+    assert sampler_settings(defaults).model_dump() | defaults == sampler_settings(defaults).model_dump()
+    chosen = sampler_settings(defaults, SamplerChoice.DPM, guided_channels="1")
+    assert (chosen.name, chosen.steps, chosen.guided_channels) == ("dpm++", 9, 1)
+    with pytest.raises(ConfigError, match="--guided-channels"):
+        sampler_settings({}, guided_channels="some")
+
+
+def test_labels_and_manifest() -> None:
+    assert parse_labels("0, 3,7") == [0, 3, 7]
+    for text in ("", "1,,2", "cat"):
+        with pytest.raises(DataError, match="--labels"):
+            parse_labels(text)
+    with pytest.raises(ScheduleError, match="does not name its sampler"):
+        exported_sampler({}, Path("e"))

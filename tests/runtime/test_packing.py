@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from core_builders import small_dit
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.adapters.dit import DiTAdapter
+from dydit.errors import ConfigError
+from dydit.runtime.packing import PackCache, PackedBlock, block_bytes, check_budget, pack_block
+
+H, G, D = 4, 8, 32
+
+
+def parts() -> tuple[AttentionParts, MlpParts]:
+    block = small_dit().blocks[0]
+    return DiTAdapter().attention(block), DiTAdapter().mlp(block)
+
+
+def mask(length: int, *on: int) -> np.ndarray:
+    return np.isin(np.arange(length), on)
+
+
+def shares_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def test_everything_on_is_the_weights_themselves() -> None:
+    attention, mlp = parts()
+    packed = pack_block(attention, mlp, np.ones(H, bool), np.ones(G, bool))
+    assert packed.copied_bytes == 0 and packed.heads == H
+    assert packed.qkv is not None and packed.fc1 is not None
+    for tensor, original in (
+        (packed.qkv[0], attention.qkv[0].weight),
+        (packed.qkv[1], attention.qkv[0].bias),
+        (packed.out[0], attention.out.weight),
+        (packed.fc1[0], mlp.fc1.weight),
+        (packed.fc1[1], mlp.fc1.bias),
+        (packed.fc2[0], mlp.fc2.weight),
+    ):
+        assert tensor is not None and tensor.data_ptr() == original.data_ptr()
+        assert not tensor.requires_grad
+
+
+def test_one_run_of_groups_is_a_view() -> None:
+    attention, mlp = parts()
+    packed = pack_block(attention, mlp, mask(H, 1, 2), mask(G, 2, 3, 4))
+    assert packed.fc1 is not None and packed.fc1[1] is not None and packed.qkv is not None
+    assert shares_storage(packed.fc1[0], mlp.fc1.weight)
+    assert shares_storage(packed.fc1[1], mlp.fc1.bias)
+    assert shares_storage(packed.fc2[0], mlp.fc2.weight)
+    assert shares_storage(packed.out[0], attention.out.weight)
+    # The heads' rows lie in three places (q, k, v): fusing them takes a copy.
+    assert packed.copied_bytes == packed.qkv[0].nbytes + packed.qkv[1].nbytes  # type: ignore[union-attr]
+
+
+def test_scattered_groups_are_a_copy_of_just_those() -> None:
+    attention, mlp = parts()
+    packed = pack_block(attention, mlp, np.ones(H, bool), mask(G, 0, 2))
+    assert packed.fc1 is not None and packed.fc1[1] is not None
+    rows = [*range(0, 16), *range(32, 48)]  # groups 0 and 2 of 16 units each
+    assert torch.equal(packed.fc1[0], mlp.fc1.weight[rows])
+    assert torch.equal(packed.fc1[1], mlp.fc1.bias[rows])
+    assert torch.equal(packed.fc2[0], mlp.fc2.weight[:, rows])
+    assert packed.copied_bytes == 4 * len(rows) * (D + 1 + D)
+
+
+@given(st.lists(st.booleans(), min_size=H, max_size=H), st.booleans())
+def test_heads_are_sliced_alike_from_fused_and_separate_layers(on: list[bool], bias: bool) -> None:
+    torch.manual_seed(0)
+    fused, out = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D)
+    separate = [nn.Linear(D, D, bias=bias) for _ in range(3)]
+    with torch.no_grad():
+        for layer, rows in zip(separate, fused.weight.split(D), strict=True):
+            layer.weight.copy_(rows)
+        if bias:
+            for layer, part in zip(separate, fused.bias.split(D), strict=True):
+                layer.bias.copy_(part)
+    _, mlp = parts()
+    ours, theirs = (
+        pack_block(AttentionParts(layers, out, H), mlp, np.array(on), np.ones(G, bool))
+        for layers in ((fused,), tuple(separate))
+    )
+    assert (ours.qkv is None) == (theirs.qkv is None) == (not any(on))
+    if ours.qkv is None or theirs.qkv is None:
+        return
+    index = np.flatnonzero(on)
+    expected = fused.weight.unflatten(0, (3, H, -1))[:, index].flatten(0, 2)
+    assert torch.equal(ours.qkv[0], expected) and torch.equal(theirs.qkv[0], expected)
+    assert (ours.qkv[1] is None) == (theirs.qkv[1] is None) == (not bias)
+    if bias:
+        assert torch.equal(ours.qkv[1], theirs.qkv[1])  # type: ignore[arg-type]
+    assert torch.equal(ours.out[0], out.weight.unflatten(1, (H, -1))[:, index].flatten(1))
+    assert max(ours.copied_bytes, theirs.copied_bytes) <= block_bytes(AttentionParts((fused,), out, H), mlp)
+
+
+def entry(size: int) -> PackedBlock:
+    nothing = torch.zeros(0)
+    return PackedBlock(None, (nothing, None), None, (nothing, None), 0, size)
+
+
+def test_the_least_recently_used_packing_leaves_first() -> None:
+    cache = PackCache(budget=10)
+    first, second, third = entry(4), entry(4), entry(4)
+    assert cache.get("first", lambda: first) is first
+    assert cache.get("second", lambda: second) is second
+    assert cache.get("first", lambda: pytest.fail("made twice")) is first
+    assert cache.get("third", lambda: third) is third  # "second" has to go
+    assert cache.get("first", lambda: pytest.fail("the one just used was dropped")) is first
+    again = entry(4)
+    assert cache.get("second", lambda: again) is again
+    statistics = cache.statistics()
+    assert (statistics.hits, statistics.misses, statistics.bytes, statistics.evictions) == (2, 4, 8, 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))
+def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
+    cache = PackCache(budget=10)
+    for key, size in requests:
+        cache.get(key, lambda size=size: entry(size))  # type: ignore[misc]
+        assert cache.statistics().bytes <= 10
+    statistics = cache.statistics()
+    assert statistics.hits + statistics.misses == len(requests)
+
+
+def test_a_failed_packing_leaves_the_cache_usable() -> None:
+    cache = PackCache(budget=10)
+    with pytest.raises(MemoryError):
+        cache.get("key", lambda: (_ for _ in ()).throw(MemoryError()))
+    packed = entry(1)
+    assert cache.get("key", lambda: packed) is packed
+
+
+def test_clear_forgets_the_packings() -> None:
+    cache = PackCache(budget=10)
+    cache.get("key", lambda: entry(4))
+    cache.clear()
+    assert cache.statistics().bytes == 0
+    packed = entry(4)
+    assert cache.get("key", lambda: packed) is packed
+
+
+def test_a_budget_below_one_block_is_refused() -> None:
+    check_budget(5, 5)
+    with pytest.raises(ConfigError, match="memory budget of 4 bytes; expected at least one block's 5 bytes"):
+        check_budget(4, 5)

@@ -1,0 +1,222 @@
+"""A step, the guard around it, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dydit import convert, load_backbone, load_dydit
+from dydit.config import RunConfig, load_config
+from dydit.errors import ConfigError, TrainingError
+from dydit.training import Trainer, make_dataset, run_training, train
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def make_trainer(cfg: RunConfig) -> Trainer:
+    assert cfg.backbone is not None
+    return Trainer(convert(load_backbone(cfg.backbone), cfg.dydit), cfg, make_dataset(cfg.data))
+
+
+def test_a_run_learns_and_spends_less(make_config: MakeConfig) -> None:
+    cfg = make_config(
+        train={"steps": 60, "lr": 2e-3, "router_lr": 0.05, "log_every": 10, "save_every": 100},
+        warmup={"mode": "none"}, data={"batch_size": 32},
+    )  # fmt: skip
+    result = run_training(cfg)
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    assert last["loss_mse"] < 0.8 * first["loss_mse"]
+    assert abs(last["ratio"] - 0.6) < 0.1 < abs(first["ratio"] - 0.6)
+    assert result.metrics == last
+    assert last["step"] == 60 and last["ratio_target"] == 0.6 and 0 < last["ratio_eval"] <= 1.1
+    assert last["images_per_s"] > 0 and last["skipped"] == 0 and last["epoch"] == 60 * 32 // 1797
+
+
+def test_the_run_folder_holds_config_pointer_and_averaged_weights(make_config: MakeConfig) -> None:
+    cfg = make_config(train={"steps": 4})
+    result = run_training(cfg)
+    run = Path(cfg.output_dir)
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints", "config.yaml", "latest", "metrics.jsonl", "model",
+    ]  # fmt: skip
+    assert load_config(run / "config.yaml", []) == cfg
+    assert result.model_dir == run / "model" and not result.model.training
+    loaded = load_dydit(run / "model")
+    for (name, a), b in zip(loaded.named_parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 500]), torch.tensor([3, 10])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t, y), result.model(x, t, y))
+
+
+def test_a_model_already_built_trains_and_the_callers_generators_are_left_alone(
+    make_config: MakeConfig,
+) -> None:
+    cfg = make_config(train={"steps": 2, "log_every": 1})
+    model, seen = convert(load_backbone(str(cfg.backbone)), cfg.dydit), []
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    result = train(
+        model, cfg, make_dataset(cfg.data), on_step=lambda step, metrics: seen.append((step, metrics))
+    )
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert before == after
+    assert result.model is model
+    assert [step for step, _ in seen] == [1, 2] and seen[-1][1] == result.metrics
+
+
+def test_gradients_are_clipped_before_the_one_update(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(make_config(train={"clip_norm": 0.01, "grad_accumulation": 3}))
+    norms = []
+    update = torch.optim.AdamW.step
+
+    def spy(self: Any, *args: Any, **options: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(grads).item())
+        return update(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    trainer.step()
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+    assert trainer.metrics()["grad_norm"] > 0.1  # the log has the norm before clipping
+
+
+def test_accumulated_micro_batches_average_their_gradients(make_config: MakeConfig) -> None:
+    """Equal gates and draws: two micro-batches of the same samples give the gradient of one."""
+    grads = []
+    for parts in (1, 2):
+        cfg = make_config(
+            train={"grad_accumulation": parts, "clip_norm": None, "steps": 1},
+            warmup={"mode": "none"}, dydit={"open_bias": 40.0, "token_open_bias": 40.0},
+        )  # fmt: skip
+        trainer = make_trainer(cfg)
+        batch = trainer._next(0)
+        trainer._next = lambda _micro, batch=batch: batch  # type: ignore[method-assign]
+        trainer.step()
+        grads.append([p.grad.clone() for p in trainer.plain.parameters() if p.grad is not None])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+
+
+def break_loss(trainer: Trainer, steps: set[int]) -> None:
+    """Make the diffusion loss NaN at the given steps."""
+    objective = trainer.objective
+
+    class Breaking:
+        sample_t, corrupt = objective.sample_t, objective.corrupt
+
+        def loss(self, *args: Any) -> Any:
+            loss = objective.loss(*args)
+            factor = torch.nan if trainer.progress.step in steps else 1.0
+            return replace(loss, total=loss.total * factor)
+
+    trainer.objective = Breaking()  # type: ignore[assignment]
+
+
+def test_a_step_with_a_non_finite_loss_changes_nothing_and_is_counted(make_config: MakeConfig) -> None:
+    trainer = make_trainer(make_config(train={"max_nonfinite": 2}))
+    break_loss(trainer, {1, 3})
+    for step in range(5):
+        before = {k: v.clone() for k, v in trainer.plain.state_dict().items()}
+        shadow = [p.clone() for p in trainer.ema.shadow_params]
+        trainer.step()
+        changed = any(not torch.equal(v, before[k]) for k, v in trainer.plain.state_dict().items())
+        averaged = any(not torch.equal(a, b) for a, b in zip(shadow, trainer.ema.shadow_params, strict=True))
+        assert changed == averaged == (step not in {1, 3})
+    record = trainer.metrics()
+    assert record["skipped"] == 2 and record["step"] == 5
+    assert all(np.isfinite(value) for value in record.values())
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.__init__
+
+    def broken(self: Trainer, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        break_loss(self, set(range(5, 100)))
+
+    monkeypatch.setattr(Trainer, "__init__", broken)
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, up to step 8.*step-00000004"):
+        run_training(make_config(train={"max_nonfinite": 3}))
+
+
+def test_ctrl_c_saves_and_the_old_handler_comes_back(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(step: int, _metrics: Any) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = run_training(make_config(), callback=interrupt)
+    assert result.stopped and result.checkpoint is not None and result.checkpoint.is_dir()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert f"stopped by SIGINT at step {result.steps}; continue with --resume auto" in capsys.readouterr().err
+
+
+def test_a_dry_run_tries_a_step_and_writes_nothing(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = make_config()
+    result = run_training(cfg, dry_run=True)
+    assert result.steps == 1 and result.checkpoint is None
+    assert not Path(cfg.output_dir).exists()
+    printed = capsys.readouterr().out
+    for text in (
+        "task: finetune",
+        "in routers)",
+        "GMACs",
+        "GFLOPs",
+        "target 0.6",
+        "one step of 8 images: step 1",
+    ):
+        assert text in printed
+
+
+def test_an_unreachable_target_is_refused_with_the_lowest_there_is(make_config: MakeConfig) -> None:
+    cfg = make_config(compute={"target": 0.05})
+    with pytest.raises(ConfigError, match=r"compute\.target is 0\.05; expected at least 0\.\d+, the least"):
+        run_training(cfg)
+    assert not Path(cfg.output_dir).exists()
+
+
+def test_distilling_needs_a_teacher(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"warmup\.mode is distill without a teacher; pass frozen_backbone"):
+        make_trainer(make_config(warmup={"mode": "distill"}))
+
+
+def test_the_warm_up_ends_when_its_steps_are_over(make_config: MakeConfig) -> None:
+    trainer = make_trainer(make_config(warmup={"mode": "complete", "steps": 2}))
+    extra = []
+    for _ in range(4):
+        trainer.step()
+        extra.append("loss_complete" in trainer.metrics())
+    assert extra == [True, True, False, False]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_memory_savers_change_no_result_much(make_config: MakeConfig, precision: str) -> None:
+    losses = []
+    for saving in (False, True):
+        train_section = {"mixed_precision": precision, "gradient_checkpointing": saving, "clip_norm": None}
+        trainer = make_trainer(make_config(train=train_section))
+        trainer.step()
+        losses.append(trainer.metrics())
+    for key in ("loss", "grad_norm", "ratio"):
+        assert losses[0][key] == pytest.approx(losses[1][key], rel=1e-5 if precision == "no" else 2e-2)
