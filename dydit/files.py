@@ -53,10 +53,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    _sync(path)
+            for path in (temporary, *temporary.rglob("*")):
+                # Some writers make private files; a folder's content is as open as the user's umask says.
+                os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+                _sync(path)
             _swap(temporary, folder)
             _sync(folder.parent)
         except BaseException:

@@ -20,10 +20,10 @@ from dydit.cli.pretrain import pretrain
 from dydit.cli.quickstart import quickstart
 from dydit.cli.report import report
 from dydit.cli.sample import sample
-from dydit.cli.training import STOPPED
 from dydit.errors import DyditError
 
 MISTAKE = 2
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 # The base of what typer raises for wrong arguments; typer exports only classes derived from it, and
 # newer releases no longer take it from the click package.
@@ -88,14 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except (KeyboardInterrupt, typer.Abort):
-        status = STOPPED
+        status = INTERRUPTED
     except (_UsageMistake, DyditError, OSError) as mistake:
         if debug and not isinstance(mistake, _UsageMistake):
             raise
         _tell(_one_line(mistake))
         return MISTAKE
     # typer itself turns Ctrl-C into this status, without a word.
-    if status == STOPPED:
+    if status == INTERRUPTED:
         _tell("interrupted")
     return status if isinstance(status, int) else 0
 

@@ -58,8 +58,9 @@ def convert_checkpoint(
     note = _write(model, out, layout, allow_inexact)
     shape, parameters = model.shape, sum(p.numel() for p in model.parameters())
     typer.echo(
-        f"{out}: {layout.value} layout, from {source} ({found}): {shape.depth} blocks, width {shape.hidden_size}, "
-        f"{shape.num_heads} heads, patch {shape.patch_size}, {parameters / 1e6:.1f} M parameters"
+        f"{out}: {layout.value} layout, from {source} ({found}): "
+        f"{shape.depth} blocks, width {shape.hidden_size}, {shape.num_heads} heads, "
+        f"patch {shape.patch_size}, {parameters / 1e6:.1f} M parameters"
     )
     if note:
         typer.echo(note)
@@ -79,7 +80,8 @@ def _write(model: DiT | DyDiT, out: Path, layout: Layout, allow_inexact: bool) -
     if layout is Layout.dydit:
         if isinstance(model, DiT):
             raise CheckpointError(
-                "a static DiT has no routers to write", remedy="make one with `dydit finetune` or dydit.convert"
+                "a static DiT has no routers to write",
+                remedy="make one with `dydit finetune` or dydit.convert",
             )
         with new_folder(out) as folder:
             model.save_pretrained(folder)

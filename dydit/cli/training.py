@@ -10,8 +10,6 @@ import typer
 
 from dydit.errors import ConfigError
 
-STOPPED = 130  # as a shell reports a program that Ctrl-C ended
-
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's configuration.")]
 Overrides = Annotated[
     list[str] | None,
@@ -43,6 +41,6 @@ def train(task: str, config: Path, overrides: list[str], resume: str | None, dry
 
     result = run_training(settings, resume, dry_run)
     if result.stopped:
-        raise SystemExit(STOPPED)  # the trainer has said where, and how to go on
+        return  # asked to stop, and did: the trainer has said where, and how to go on
     if result.model_dir is not None and os.environ.get("RANK", "0") == "0":
         typer.echo(f"{settings.output_dir}: {result.steps} steps; model in {result.model_dir}")

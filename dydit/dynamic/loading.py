@@ -41,8 +41,8 @@ def load_dydit(
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is missing,
-            left over, misshapen, of no float type, or not finite.
+        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is
+            missing, left over, misshapen, of no float type, or not finite.
     """
     place = locate(path, revision)
     if place.is_dir():
@@ -81,8 +81,10 @@ def public_state(model: DyDiT) -> dict[str, Tensor]:
     """The state dict of a DyDiT by the names of the public files.
 
     Raises:
-        CheckpointError: a tensor has no name there.
+        CheckpointError: its backbone is no DiT, so that its tensors have no name there.
     """
+    if model.config.backbone_class != "DiT":
+        raise CheckpointError(f"a DyDiT around a {model.config.backbone_class}", expected="one around a DiT")
     state = model.state_dict()
     return {entry.theirs[0]: state[entry.ours] for entry in expand(TABLE, state, model.shape.depth)}
 

@@ -35,9 +35,9 @@ def load_backbone(
     """Load a static backbone, in evaluation mode on the CPU.
 
     Args:
-        path: a public DiT file (``.pt``: a state dict, bare or under ``ema`` or ``model``; or the same tensors
-            in ``.safetensors``), a folder of this project, a folder of diffusers' ``DiTTransformer2DModel`` or
-            of a pipeline around one, or a Hub id.
+        path: a public DiT file (``.pt``: a state dict, bare or under ``ema`` or ``model``; or the same
+            tensors in ``.safetensors``), a folder of this project, a folder of diffusers'
+            ``DiTTransformer2DModel`` or of a pipeline around one, or a Hub id.
         num_classes: number of classes that is needed; None = as stored.
         on_class_mismatch: where another number is stored: ``error`` refuses, ``drop`` starts a fresh label
             table, of which only the null class's row is kept (logged as a warning).
@@ -47,8 +47,8 @@ def load_backbone(
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is missing,
-            left over, misshapen, of no float type, or not finite.
+        CheckpointError: missing, truncated, foreign, of another architecture, or with a tensor that is
+            missing, left over, misshapen, of no float type, or not finite.
     """
     place = locate(path, revision)
     if place.is_file():
@@ -60,7 +60,7 @@ def load_backbone(
 
 
 def stored_class(path: str | Path, revision: str | None = None) -> str:
-    """What a file, folder or Hub id holds, without loading it: ``DiT``, ``DyDiT``, ``DiTTransformer2DModel``, ….
+    """The class of model that a file, folder or Hub id holds (``DiT``, ``DyDiT``, …), without loading it.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -76,7 +76,9 @@ def _load_file(
 ) -> DiT:
     source = open_weights(place)
     if has_routers(source):
-        raise CheckpointError(f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit")
+        raise CheckpointError(
+            f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit"
+        )
     arguments = infer_arguments(source, num_heads, sample_size)
     return _load_dit(source, arguments, dtype)
 
@@ -152,4 +154,6 @@ def _check_asked(
     sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     for name, asked in (("num_heads", num_heads), ("sample_size", sides and tuple(sides))):
         if asked is not None and asked != (found := getattr(model.shape, name)):
-            raise CheckpointError(f"{name} {asked} asked of {path}", expected=f"{found}, as its config.json has")
+            raise CheckpointError(
+                f"{name} {asked} asked of {path}", expected=f"{found}, as its config.json has"
+            )

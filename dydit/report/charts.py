@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from dydit.report.plots import ACCENT_COLOR, BACKBONE_COLOR, DYDIT_COLOR, STEP_AXIS, step_ticks
-from dydit.report.results import percent, timestep_text
+from dydit.report.results import DASH, percent, timestep_text
 from dydit.report.summary import ComputeResult, CurvePoint, TimeResult
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -36,7 +36,7 @@ def bars_chart(compute: ComputeResult, time: TimeResult) -> go.Figure:
             spread = {"array": [1 / quartiles[0] - share], "arrayminus": [share - 1 / quartiles[2]]}
         bar = go.Bar(
             x=[value],
-            y=[name],
+            y=[name if value is not None else f"{name} ({DASH})"],
             orientation="h",
             marker_color=color,
             text=[f"<b>{percent(value)}</b>"],

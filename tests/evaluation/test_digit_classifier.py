@@ -42,13 +42,14 @@ def test_values_no_picture_can_show_are_clamped(classifier: DigitClassifier, spl
     assert torch.equal(classifier.features(overshoot), classifier.features(images))
 
 
-def test_training_is_reproducible_and_leaves_the_global_generator_alone(split: DigitSplit) -> None:
+def test_training_is_reproducible_and_leaves_global_state_alone(split: DigitSplit) -> None:
     images, labels = split.train_images, split.train_labels
     few = DigitSplit(images[:64], labels[:64], images[64:128], labels[64:128])
-    before = torch.random.get_rng_state()
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
     first, second = train_digit_classifier(few, seed=3), train_digit_classifier(few, seed=3)
     assert torch.equal(first.features(few.held_out_images), second.features(few.held_out_images))
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
 
 
 def test_refuses_other_images(classifier: DigitClassifier) -> None:

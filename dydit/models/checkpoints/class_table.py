@@ -22,9 +22,9 @@ def with_classes(model: DiT, num_classes: int, on_class_mismatch: str) -> DiT:
     Args:
         model: a DiT conditioned on labels; its other weights are shared with the result.
         num_classes: classes without the null class.
-        on_class_mismatch: where the model has another number of them, ``error`` refuses, ``drop`` gives every
-            class a fresh row, N(0, 0.02²). The null class keeps its row: it stands for no class in particular,
-            and guidance starts from it.
+        on_class_mismatch: where the model has another number of them, ``error`` refuses, ``drop`` gives
+            every class a fresh row, N(0, 0.02²). The null class keeps its row: it stands for no class in
+            particular, and guidance starts from it.
 
     Raises:
         CheckpointError: the numbers differ and are not to, or the model is conditioned on text.

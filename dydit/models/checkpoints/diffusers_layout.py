@@ -116,8 +116,8 @@ def diffusers_settings(model: DiT, allow_inexact: bool = False) -> dict[str, Any
         raise CheckpointError(f"diffusers' DiTTransformer2DModel cannot compute this DiT: {reason}")
     if config.frequency_shift != FREQUENCY_SHIFT and not allow_inexact:
         raise CheckpointError(
-            f"this DiT's timestep frequencies have shift {config.frequency_shift:g}; diffusers' model would move "
-            f"the timestep embedding by {timestep_drift(model):.1%}",
+            f"this DiT's timestep frequencies have shift {config.frequency_shift:g}; "
+            f"diffusers' model would move the timestep embedding by {timestep_drift(model):.1%}",
             expected=f"shift {FREQUENCY_SHIFT:g}, which diffusers' model has built in",
             remedy="keep the public layout, or allow an inexact conversion",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dydit.errors import CheckpointError
@@ -36,8 +37,8 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is nothing, or it cannot be downloaded.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
+    place = Path(path)
+    if not os.path.exists(place):  # unlike Path.exists, False for what can be no path at all
         if _looks_local(path):
             raise CheckpointError(
                 f"no model at {path}",

@@ -78,7 +78,9 @@ def shape_of(source: TensorSource, name: str, dimensions: int) -> tuple[int, ...
         raise CheckpointError(f"{source.label} lacks tensor {name}")
     shape = source.facts[name].shape
     if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(f"{source.label}: tensor {name} of shape {shape}", expected=f"{dimensions} sizes")
+        raise CheckpointError(
+            f"{source.label}: tensor {name} of shape {shape}", expected=f"{dimensions} sizes"
+        )
     return shape
 
 
@@ -148,7 +150,9 @@ def _sample_size(
     if given is not None:
         asked = [given, given] if isinstance(given, int) else list(given)
         if size is not None and asked != size:
-            raise CheckpointError(f"sample_size {asked} for {source.label}", expected=f"{size}, as its pos_embed has")
+            raise CheckpointError(
+                f"sample_size {asked} for {source.label}", expected=f"{size}, as its pos_embed has"
+            )
         return asked
     if size is None and grids[0][0] != grids[0][1]:
         raise CheckpointError(

@@ -64,7 +64,8 @@ def infer_routing(source: TensorSource, num_heads: int, hidden_size: int) -> dic
         ratio = hidden_size // hidden
         if not ratio or max(1, hidden_size // ratio) != hidden:
             raise CheckpointError(
-                f"{source.label}: a token router of {hidden} hidden units", expected=f"{hidden_size} over a whole number"
+                f"{source.label}: a token router of {hidden} hidden units",
+                expected=f"{hidden_size} over a whole number",
             )
         routing["token_router_ratio"] = ratio
     return routing

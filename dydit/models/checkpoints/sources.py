@@ -31,15 +31,15 @@ class TensorFacts:
 
 
 class TensorSource(Protocol):
-    """Stored tensors.
+    """Stored tensors."""
 
-    Attributes:
-        label: the file or folder, for messages.
-        facts: name -> shape and dtype of every tensor.
-    """
+    @property
+    def label(self) -> str:
+        """The file or folder, for messages."""
 
-    label: str
-    facts: Mapping[str, TensorFacts]
+    @property
+    def facts(self) -> Mapping[str, TensorFacts]:
+        """Name -> shape and dtype of every tensor."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
@@ -63,7 +63,9 @@ class SafetensorsFiles:
         for path in paths:
             for name, facts in _safetensors_facts(path).items():
                 if name in self.facts:
-                    raise CheckpointError(f"{label} holds tensor {name} twice, the second time in {path.name}")
+                    raise CheckpointError(
+                        f"{label} holds tensor {name} twice, the second time in {path.name}"
+                    )
                 self.facts[name], self._paths[name] = facts, path
 
     def read(self, name: str) -> Tensor:
@@ -72,7 +74,9 @@ class SafetensorsFiles:
             with safe_open(self._paths[name], framework="pt") as file:
                 return file.get_tensor(name).clone()
         except _READ_ERRORS as error:
-            raise CheckpointError(f"{self.label}: tensor {name} cannot be read ({first_line(error)})") from error
+            raise CheckpointError(
+                f"{self.label}: tensor {name} cannot be read ({first_line(error)})"
+            ) from error
 
 
 def _safetensors_facts(path: Path) -> dict[str, TensorFacts]:
@@ -97,14 +101,14 @@ def index_files(index: Path) -> list[Path]:
         CheckpointError: the index is broken, or names what does not lie beside it.
     """
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
-    if not all(isinstance(name, str) for name in names):
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if not names:
         raise CheckpointError(f"{index} has no weight_map", remedy="copy or download it again")
-    for name in sorted(names):
+    for name in names:
         # Only names: a path would lead out of the folder.
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name!r}", expected="a file beside it")
-    return [index.parent / name for name in sorted(names)]
+            raise CheckpointError(f"{index} names {name!r:.100}", expected="a file beside it")
+    return [index.parent / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:

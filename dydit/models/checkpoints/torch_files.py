@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ CONTAINERS = ("ema", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # Training checkpoints keep the command's arguments in one. It holds values and runs nothing when unpickled.
-_HARMLESS = [argparse.Namespace]
+_HARMLESS: list[Any] = [argparse.Namespace]
 
 _STATE_DICT = "a state dict of tensors, bare or under " + " or ".join(map(repr, CONTAINERS))
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -60,7 +61,8 @@ class TorchFile:
 def _unpickle(path: Path) -> Any:
     mapped = _is_zip(path)
     try:
-        with safe_globals(_HARMLESS):
+        with safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the unpickler's guesses at what is wrong; the error says it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         if foreign := _foreign_globals(path):
@@ -85,7 +87,7 @@ def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         magic = file.read(len(_ZIP_MAGIC))
     if magic == _ZIP_MAGIC:
-        if not zipfile.is_zipfile(path):  # the directory is at the end
+        if not _has_directory(path):
             raise CheckpointError(
                 f"{path} is truncated at {path.stat().st_size} bytes", remedy="copy or download it again"
             )
@@ -97,6 +99,14 @@ def _is_zip(path: Path) -> bool:
             f"{path} begins with {magic!r}", expected="a .pt file of torch.save or a .safetensors file"
         )
     return False
+
+
+def _has_directory(path: Path) -> bool:
+    """Whether a zip file's directory, which is at its end, is there."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # there, but damaged: torch will say how
+        return True
 
 
 def _foreign_globals(path: Path) -> list[str]:
@@ -140,11 +150,15 @@ def _plain_tensor(path: Path, name: Any, value: Any) -> Tensor:
         CheckpointError: the entry is no such tensor.
     """
     if not isinstance(name, str) or not isinstance(value, Tensor):
-        raise CheckpointError(f"{path} holds {str(name)[:100]!r}: {type(value).__name__}", expected=_STATE_DICT)
+        raise CheckpointError(
+            f"{path} holds {str(name)[:100]!r}: {type(value).__name__}", expected=_STATE_DICT
+        )
     tensor = value.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise CheckpointError(f"{path}: tensor {name} is sparse, quantized or empty", expected="a dense one")
     # A few bytes could otherwise pose as a tensor of any size.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} has fewer bytes than that")
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {tuple(tensor.shape)} has fewer bytes than that"
+        )
     return tensor

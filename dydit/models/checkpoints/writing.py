@@ -43,7 +43,7 @@ def write_diffusers(model: DiT, folder: str | Path, allow_inexact: bool = False)
     converted = to_diffusers(model, allow_inexact)
     drift = timestep_drift(model)
     note = (
-        f"Not exact: the weights were trained with timestep frequencies of shift {model.config.frequency_shift:g}, "
+        f"Not exact: the weights belong to timestep frequencies of shift {model.config.frequency_shift:g}, "
         f"and diffusers' model computes them with shift 1, which moves the timestep embedding by {drift:.1%}."
     )
     with new_folder(folder) as place:
@@ -55,7 +55,7 @@ def write_diffusers(model: DiT, folder: str | Path, allow_inexact: bool = False)
 
 @torch.no_grad()
 def to_diffusers(model: DiT, allow_inexact: bool = False) -> DiTTransformer2DModel:
-    """diffusers' model around the weights of a DiT; shared, but for the embedders, of which it has one per block.
+    """diffusers' model around the weights of a DiT, which it shares, but for its embedders, one per block.
 
     Raises:
         CheckpointError: diffusers' model cannot compute this DiT.

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+from core_builders import small_dit
+from torch import nn
+
+from dydit.adapters.dit import DiTAdapter
+from dydit.adapters.registry import ADAPTERS, adapter_for, build_backbone
+from dydit.errors import ShapeError
+from dydit.models.dit import DiT
+
+
+def test_dit_and_its_subclasses_have_an_adapter() -> None:
+    class Mine(DiT):
+        pass
+
+    assert isinstance(adapter_for(small_dit()), DiTAdapter)
+    assert isinstance(adapter_for(Mine(sample_size=4, hidden_size=8, depth=1, num_heads=1)), DiTAdapter)
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ShapeError, match=r"model of class Linear; expected one of DiT.*; write an adapter"):
+        adapter_for(nn.Linear(1, 1))
+    with pytest.raises(ShapeError, match=r"backbone of class 'Unet'; expected one of DiT"):
+        build_backbone("Unet", {})
+
+
+def test_build_backbone_makes_the_class_from_its_arguments() -> None:
+    model = build_backbone("DiT", {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1})
+    assert type(model) is DiT and model.shape.depth == 1
+    assert "DiT" in ADAPTERS

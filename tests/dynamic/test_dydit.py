@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from core_builders import TIMESTEPS, relative_error, small_dit, small_dydit, small_inputs
+from torch import Tensor
+
+from dydit.config import DyDiTConfig
+from dydit.dynamic.compute_loss import compute_loss, compute_ratio
+from dydit.dynamic.convert import convert
+from dydit.dynamic.dydit import DyDiT
+from dydit.errors import ShapeError
+from dydit.routing.routing import Routing
+from dydit.shapes import CONDITIONINGS
+
+
+def mixed_batch(model: DyDiT) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = small_inputs(model.shape)
+    return x, torch.tensor(TIMESTEPS), y
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_returned_routing_is_the_one_that_was_used(conditioning: str, training: bool) -> None:
+    model = small_dydit(conditioning=conditioning).train(training)
+    x, t, y = mixed_batch(model)
+    prediction, routing = model(x, t, y, return_routing=True)
+    routing.check(model.shape, 3)
+    for gates in vars(routing).values():
+        assert set(gates.unique().tolist()) <= {0.0, 1.0} and 0 < gates.mean() < 1
+    assert torch.equal(model(x, t, y, routing=routing), prediction)
+
+
+def test_evaluation_is_deterministic_and_training_is_not() -> None:
+    model = small_dydit()
+    for routers in model.routers:
+        assert routers.token_router is not None
+        torch.nn.init.zeros_(routers.token_router[2].weight)
+        torch.nn.init.zeros_(routers.token_router[2].bias)  # every token at a probability of one half
+    batch = mixed_batch(model)
+    assert torch.equal(model(*batch), model(*batch))
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(*batch), model(*batch)
+    torch.manual_seed(0)
+    assert torch.equal(model(*batch), first) and not torch.equal(first, second)
+
+
+def test_complete_runs_no_router() -> None:
+    model = small_dydit().train()
+    for routers in model.routers:
+        for parameter in routers.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+    batch = mixed_batch(model)
+    state = torch.get_rng_state()
+    prediction, routing = model(*batch, complete=True, return_routing=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert relative_error(prediction, model.backbone(*batch)) < 1e-6
+    assert all(gates.eq(1).all() for gates in vars(routing).values())
+
+
+def test_width_depends_on_the_timestep_alone() -> None:
+    model = small_dydit()
+    x, y = small_inputs(model.shape)
+    _, one = model(x, 500.0, y, return_routing=True)
+    _, other = model(x.flip(0) * 2, 500.0, y.flip(0), return_routing=True)
+    assert torch.equal(one.heads, other.heads) and torch.equal(one.groups, other.groups)
+    assert not torch.equal(one.tokens, other.tokens)
+    assert (one.heads == one.heads[:1]).all()
+    _, later = model(x, 20.0, y, return_routing=True)
+    assert not torch.equal(one.heads, later.heads)
+
+
+def test_the_first_head_and_group_are_always_on() -> None:
+    model = small_dydit()
+    for routers in model.routers:
+        for router in (routers.head_router, routers.group_router):
+            assert router is not None
+            torch.nn.init.zeros_(router.router.weight)
+            torch.nn.init.constant_(router.router.bias, -50.0)
+    for training in (True, False):
+        _, routing = model.train(training)(*mixed_batch(model), return_routing=True)
+        for gates in (routing.heads, routing.groups):
+            assert gates[..., 0].eq(1).all() and gates[..., 1:].eq(0).all()
+
+
+def test_routing_of_another_shape_is_refused() -> None:
+    model = small_dydit()
+    x, t, y = mixed_batch(model)
+    routing = Routing.complete(model.shape, 2, x)
+    with pytest.raises(ShapeError, match=r"routing.heads of shape \(2, 2, 4\); expected \(3, 2, 4\)"):
+        model(x, t, y, routing=routing)
+
+
+def test_gradients_reach_every_router_and_the_backbone() -> None:
+    model = small_dydit().train()
+    with torch.no_grad():
+        for parameter in model.router_parameters():
+            parameter.mul_(0.1)  # out of the sigmoid's flat ends
+    torch.manual_seed(0)
+    model(*mixed_batch(model)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("complete", [True, False])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(conditioning: str, complete: bool) -> None:
+    model = small_dydit(conditioning=conditioning).train()
+
+    def run(model: DyDiT) -> tuple[Tensor, Routing, dict[str, Any]]:
+        torch.manual_seed(7)  # the same noise
+        prediction, routing = model(*mixed_batch(model), complete=complete, return_routing=True)
+        ratio = compute_ratio(model.shape, model.routing_config, routing)
+        loss = prediction.square().mean() + compute_loss(ratio, 0.5)
+        loss.backward()
+        return loss.detach(), routing, {name: p.grad for name, p in model.named_parameters()}
+
+    checkpointed = copy.deepcopy(model)
+    checkpointed.enable_gradient_checkpointing()
+    loss, routing, gradients = run(model)
+    loss_again, routing_again, gradients_again = run(checkpointed)
+    assert torch.equal(loss, loss_again)
+    assert torch.equal(routing.tokens, routing_again.tokens)
+    for name, gradient in gradients.items():
+        again = gradients_again[name]
+        assert (gradient is None) == (again is None) == (complete and "router" in name), name
+        assert gradient is None or torch.equal(gradient, again), name
+
+
+def test_runs_under_autocast_in_training() -> None:
+    model = small_dydit().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction, routing = model(*mixed_batch(model), return_routing=True)
+        ratio = compute_ratio(model.shape, model.routing_config, routing)
+    (prediction.float().square().mean() + ratio.mean()).backward()
+    assert ratio.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training: bool) -> None:
+    model = small_dydit().train(training)
+    batch = mixed_batch(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.manual_seed(0)
+    expected = model(*batch)
+    torch.manual_seed(0)
+    assert relative_error(compiled(*batch), expected) < 1e-6
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_from_pretrained_round_trip_is_bit_equal(conditioning: str, tmp_path: Any) -> None:
+    config = DyDiTConfig(mlp_groups=8, token_router_ratio=4, threshold=0.4, always_on=False)
+    model = small_dydit(config=config, conditioning=conditioning, sample_size=(8, 4))
+    model.save_pretrained(tmp_path)
+    loaded = DyDiT.from_pretrained(tmp_path)
+    assert (loaded.shape, loaded.routing_config) == (model.shape, config)
+    batch = mixed_batch(model)
+    assert torch.equal(loaded(*batch), model(*batch))
+
+
+def test_one_head_and_one_group_in_all_save_and_load(tmp_path: Any) -> None:
+    """Always on: nothing is left to decide, and the routers hold no score."""
+    model = convert(small_dit(num_heads=1))
+    model.save_pretrained(tmp_path)
+    loaded = DyDiT.from_pretrained(tmp_path)
+    assert loaded.routers[0].head_router is not None
+    assert loaded.routers[0].head_router.router.weight.shape == (0, 32)
+    assert torch.equal(loaded(*mixed_batch(model)), model(*mixed_batch(model)))
+
+
+def test_null_label_and_scopes() -> None:
+    model = small_dydit()
+    assert model.null_label == 10
+    modules = dict(model.named_modules())
+    assert len(model.mac_scopes()) == 2 and all(scope in modules for scope in model.mac_scopes().values())
