@@ -83,14 +83,16 @@ def _swap(temporary: Path, folder: Path) -> None:
         os.rename(temporary, folder)
         return
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    os.rename(folder, old / "was")
+    was = old / "was"
     try:
+        os.rename(folder, was)
         os.rename(temporary, folder)
     except BaseException:
-        os.rename(old / "was", folder)
+        if was.exists():
+            os.rename(was, folder)
+        old.rmdir()  # not before its content is back in place
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

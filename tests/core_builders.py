@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from dydit.config import DyDiTConfig
-from dydit.costs import outer_macs
-from dydit.dynamic.compute_loss import deployed_cost
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
 from dydit.models.dit import DiT
@@ -129,11 +127,9 @@ def routing_of(heads: np.ndarray, groups: np.ndarray, tokens: Tensor) -> Routing
     return Routing(torch.from_numpy(heads).float(), torch.from_numpy(groups).float(), tokens.float())
 
 
-def executed_macs(model: DyDiT, routing: Routing) -> int:
-    """MACs, by the closed form, of the whole batch under these gates, as the engine runs it."""
-    cost = deployed_cost(model.shape, model.routing_config)
-    counts = [gates.sum(-1).long() for gates in (routing.heads, routing.groups, routing.tokens)]  # (B, L)
-    return len(routing.heads) * outer_macs(model.shape) + int(cost.executed(*counts).sum())
+def gates_of(routing: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a Routing, its logits or its noise: heads (B, L, H), groups (B, L, G) and tokens (B, L, N)."""
+    return routing.heads, routing.groups, routing.tokens
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,13 @@ class MlpParts:
 
 class Adapter(Protocol):
     """One architecture. Stateless: every verb takes the model or block it speaks of."""
+
+    @property
+    def layer_parts(self) -> Mapping[str, str]:
+        """Name of a layer in the model -> the part of the compute that it is (``dydit.costs.PARTS``).
+
+        Of nested layers the outer one's row counts. Attention's products and the blocks' norms need no row.
+        """
 
     def shape(self, model: Any) -> ModelShape:
         """The model's numbers."""

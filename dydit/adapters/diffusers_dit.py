@@ -15,6 +15,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.costs import ATTENTION_PROJECTIONS, CONDITIONING, DECODER, MLP, PATCH_EMBEDDING
 from dydit.errors import ShapeError
 from dydit.models.blocks import Conditioning, Modulation, modulate
 from dydit.models.dit import check_latent
@@ -44,6 +45,16 @@ class PerBlockConditioning(Conditioning):
 
 class DiffusersDiTAdapter:
     """Facts of diffusers' ``DiTTransformer2DModel``."""
+
+    layer_parts = {
+        "pos_embed": PATCH_EMBEDDING,
+        "norm1": CONDITIONING,  # a block's embedder of timestep and label, and its modulation
+        "attn1": ATTENTION_PROJECTIONS,
+        "ff": MLP,
+        "norm_out": DECODER,
+        "proj_out_1": DECODER,
+        "proj_out_2": DECODER,
+    }
 
     def shape(self, model: DiTTransformer2DModel) -> ModelShape:
         config = model.config

@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.models.blocks import Block, Conditioning, Modulation
-from dydit.models.dit import DiT
+from dydit.models.dit import LAYER_PARTS, DiT
 from dydit.shapes import ModelShape
 
 
 class DiTAdapter:
     """Facts of ``dydit.models.dit.DiT``, every conditioning design."""
+
+    layer_parts = LAYER_PARTS
 
     def shape(self, model: DiT) -> ModelShape:
         return model.shape

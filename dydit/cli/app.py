@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 import dydit
+from dydit.cli.convert_checkpoint import convert_checkpoint
+from dydit.cli.encode import encode
 from dydit.cli.export import export
 from dydit.cli.finetune import finetune
 from dydit.cli.macs import macs
@@ -40,9 +42,11 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     quickstart: "dydit quickstart --steps 200 --ratio 0.5",
     pretrain: "dydit pretrain configs/digits_pretrain.yaml train.lr=1e-3",
     finetune: "dydit finetune configs/digits.yaml output_dir=runs/a train.lr=2e-5",
+    encode: "dydit encode images --vae stabilityai/sd-vae-ft-mse --out latents --flip",
     export: "dydit export runs/digits --steps 50 --out exports/digits",
     sample: "dydit sample runs/digits --labels 0,1,2 --num 12 --out samples",
     macs: "dydit macs DiT-XL/2 --sample-size 32",
+    convert_checkpoint: "dydit convert-checkpoint DiT-XL-2-256x256.pt DiT-XL-2-256",
     report: "dydit report quickstart",
 }
 for _verb, _example in _EXAMPLES.items():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit.errors import CheckpointError, ConfigError, OutputError
+from dydit.cli.sizes import parse_sides
+from dydit.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from dydit.dynamic.dydit import DyDiT
@@ -45,7 +46,7 @@ def convert_checkpoint(
     ] = False,
 ) -> None:
     """Write a checkpoint as a folder of safetensors in another layout."""
-    size = _sides(sample_size)
+    size = parse_sides(sample_size)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists", expected="a new or empty folder", remedy="choose another DST")
     from dydit.dynamic.loading import load_dydit
@@ -93,17 +94,3 @@ def _write(model: DiT | DyDiT, out: Path, layout: Layout, allow_inexact: bool) -
         return write_diffusers(model, out, allow_inexact)
     write_public(model, out)
     return ""
-
-
-def _sides(text: str | None) -> int | tuple[int, int] | None:
-    """``32`` or ``32x64`` as numbers.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text is None:
-        return None
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ConfigError(f"--sample-size {text}", expected="32, or 32x64 for height x width")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dydit.diffusion import Sampler
 from dydit.errors import DataError
 from dydit.files import write_file
+from dydit.latents.decode import png_grid
 
 _IMAGES_PER_BATCH = 64
 # Small images are enlarged to about this side, so that a grid of 8 × 8 digits can be looked at.
@@ -55,14 +54,17 @@ def draw_images(sampler: Sampler, network: Any, labels: Sequence[int], seed: int
 
 
 def write_images(
-    folder: Path, images: Tensor, labels: Sequence[int], columns: int, facts: Mapping[str, Any]
-) -> None:
+    folder: Path, images: Tensor, labels: Sequence[int], columns: int, facts: Mapping[str, Any],
+    decoded: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write ``samples.safetensors`` (images, labels, ``facts`` as JSON metadata) and ``samples.png``.
 
     The picture shows [−1, 1] as black to white; of latents it shows the first three channels.
 
     Args:
-        images: (n, C, height, width). labels: n classes. columns: images per row of the picture.
+        images: what the model drew (n, C, height, width). labels: n classes. columns: images per row of
+            the picture.
+        decoded: the images (n, 3, height, width) to show in place of latents.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -70,10 +72,6 @@ def write_images(
     tensors = {"images": images.contiguous(), "labels": torch.tensor(labels)}
     # One entry: safetensors writes several in random order, and equal runs should write equal files.
     metadata = {"dydit": json.dumps(facts, sort_keys=True)}
-    picture = io.BytesIO()
-    shown = images if images.shape[1] in (1, 3) else images[:, : 1 if images.shape[1] == 2 else 3]
-    enlarge = max(1, round(_SHOWN_SIDE_PIXELS / images.shape[-1]))
-    shown = shown.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-    save_image(shown, picture, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
+    picture = png_grid(images if decoded is None else decoded, columns, _SHOWN_SIDE_PIXELS)
     write_file(folder / "samples.safetensors", serialize_tensors(tensors, metadata))
-    write_file(folder / "samples.png", picture.getvalue())
+    write_file(folder / "samples.png", picture)

@@ -15,6 +15,9 @@ def quickstart(
     ratio: Annotated[float | None, typer.Option(help="Target compute ratio, above 0 and at most 1.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything that is made.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also fine-tune the static backbone as long, and compare.")
+    ] = False,
 ) -> None:
     """Fine-tune, export, sample, count, time and report.
 
@@ -27,4 +30,4 @@ def quickstart(
         )
     from dydit.quickstart import run_quickstart
 
-    run_quickstart(steps, ratio, str(out) if out is not None else None, seed)
+    run_quickstart(steps, ratio, str(out) if out is not None else None, seed, control)

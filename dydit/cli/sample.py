@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
-from dydit.errors import DataError, ScheduleError
+from dydit.errors import CheckpointError, DataError, ScheduleError
+
+if TYPE_CHECKING:
+    from dydit.latents.autoencoder import Autoencoder
 
 
 def sample(
@@ -28,6 +31,12 @@ def sample(
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     guided_channels: GuidedChannels = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|ID", help="Autoencoder that turns latents into the images of samples.png."
+        ),
+    ] = None,
 ) -> None:
     """Draw images of given classes."""
     classes = parse_labels(labels)
@@ -38,6 +47,7 @@ def sample(
     from dydit.diffusion import make_sampler
     from dydit.export.schedule import SubnetSchedule
     from dydit.files import check_writable
+    from dydit.latents.decode import decode_latents
     from dydit.runtime.engine import SubnetEngine
 
     plan = None if schedule is None else SubnetSchedule.load(str(schedule))
@@ -45,6 +55,7 @@ def sample(
     settings = sampler_settings(defaults, sampler, steps, guidance_scale, guided_channels)
     network: Any = open_model(model) if plan is None else open_dydit(model)
     check_labels(classes, network.shape.num_classes)
+    autoencoder = None if vae is None else open_autoencoder(vae, network.shape.in_channels)
     method = make_sampler(settings, network.shape.learn_sigma)
     network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if plan is not None:
@@ -59,10 +70,29 @@ def sample(
         images,
         drawn,
         columns=len(classes),
-        facts={"model": model, "seed": seed, "sampler": settings.model_dump()},
+        facts={"model": model, "seed": seed, "sampler": settings.model_dump(), "vae": vae},
+        decoded=None if autoencoder is None else decode_latents(autoencoder, images),
     )
     form = "engine" if plan is not None else type(network).__name__
     typer.echo(f"{out}: {len(drawn)} images, {form}, {settings.name} with {settings.steps} steps")
+
+
+def open_autoencoder(path: str, channels: int) -> Autoencoder:
+    """The autoencoder for a model's latents.
+
+    Raises:
+        CheckpointError: there is none, it is broken, or its latents have other channels than the model's.
+    """
+    from dydit.latents.autoencoder import load_autoencoder
+
+    autoencoder = load_autoencoder(path)
+    if autoencoder.channels != channels:
+        raise CheckpointError(
+            f"autoencoder {path} has latents of {autoencoder.channels} channels",
+            expected=f"{channels}, as the model draws",
+            remedy="correct --vae",
+        )
+    return autoencoder
 
 
 def parse_labels(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
+from dydit.compute.table import OTHER, OUTSIDE, MacTable
+from dydit.costs import ATTENTION_PRODUCTS, DECODER, NORMS
 from dydit.models.embeddings import batch_timesteps
 
 # Operators that hold no multiply-add in the papers' convention: elementwise work, reductions, comparisons and
@@ -35,12 +38,19 @@ class MacReport:
         by_op: MACs per operator; sums to ``total``.
         unsupported: operators that fvcore has no rule for -> how often they ran. Empty for everything the
             project ships; where it is not, ``total`` reads low.
+        table: MACs per block and part of the network; sums to ``total``.
     """
 
     total: int
     by_block: dict[str, int] = field(default_factory=dict)
     by_op: dict[str, int] = field(default_factory=dict)
     unsupported: dict[str, int] = field(default_factory=dict)
+    table: MacTable = field(default_factory=MacTable)
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """MACs per part of the network (``dydit.costs.PARTS``); sums to ``total``."""
+        return self.table.by_part
 
     @property
     def gmacs(self) -> float:
@@ -60,7 +70,7 @@ def count_macs(module: nn.Module, x: Tensor, t: Tensor | float, y: Tensor) -> Ma
         module: a backbone, a DyDiT, a SubnetEngine, or any module with this call.
         x, t, y: the inputs of the call, as the module takes them.
     """
-    analysis = FlopCountAnalysis(_KeepAlive(module), (x, batch_timesteps(t, x), y))
+    analysis = _NamedCounts(_KeepAlive(module), (x, batch_timesteps(t, x), y))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     # "caller": an operator belongs to the block whose call ran it, wherever its weights live.
     analysis.ancestor_mode("caller")
@@ -69,9 +79,29 @@ def count_macs(module: nn.Module, x: Tensor, t: Tensor | float, y: Tensor) -> Ma
         analysis.set_op_handle(f"aten::{operator}", None)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's: shapes and masks are meant to be those of this call
-        total, by_op = int(analysis.total()), _integers(analysis.by_operator())
-        by_module, unsupported = analysis.by_module(), dict(analysis.unsupported_ops())
-    return MacReport(total, _by_block(module, by_module, total), by_op, unsupported)
+        counts, unsupported = analysis.by_operator(), dict(analysis.unsupported_ops())
+    table, by_op = _table(module, counts), _by_operator(counts)
+    return MacReport(table.total, table.by_block, by_op, unsupported, table)
+
+
+class _NamedCounts(FlopCountAnalysis):
+    """fvcore's count, where an operator's name tells in which modules' calls it ran: "operator@/a/a.b"."""
+
+    def set_op_handle(self, *args: Any, **kwargs: Any) -> _NamedCounts:
+        given = {**dict(zip(args[::2], args[1::2], strict=True)), **kwargs}
+        return super().set_op_handle(
+            **{name: handle and _named(name, handle) for name, handle in given.items()}
+        )
+
+
+def _named(name: str, handle: Any) -> Any:
+    def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        counted = handle(inputs, outputs)  # a number, or numbers by operator
+        by_op = counted if isinstance(counted, Counter) else {name.removeprefix("aten::"): counted}
+        scope = outputs[0].node().scopeName()
+        return Counter({f"{op}@{scope}": int(macs) for op, macs in by_op.items()})
+
+    return count
 
 
 class _KeepAlive(nn.Module):
@@ -96,14 +126,38 @@ class _KeepAlive(nn.Module):
                 hook.remove()
 
 
-def _by_block(module: nn.Module, by_module: Counter[str], total: int) -> dict[str, int]:
+def _table(module: nn.Module, counts: Mapping[str, int]) -> MacTable:
+    """MACs per block and part: where an operator belongs is told by the modules in whose calls it ran."""
     scopes: dict[str, str] = getattr(module, "mac_scopes", dict)()
-    blocks = {name: int(by_module[f"module.{scope}"]) for name, scope in scopes.items()}
-    return {**blocks, "outside blocks": total - sum(blocks.values())}
+    parts: dict[str, str] = getattr(module, "mac_parts", dict)()
+    cells: dict[str, Counter[str]] = {block: Counter() for block in (*scopes, OUTSIDE)}
+    for name, macs in counts.items():
+        operator, _, running = name.partition("@")
+        calls = [call.removeprefix("module.") for call in running.split("/")]
+        cells[_block(calls, scopes)][_part(operator, calls[-1], parts)] += macs
+    return MacTable(cells)
 
 
-def _integers(counts: Counter[str]) -> dict[str, int]:
-    return {name: int(count) for name, count in counts.items()}
+def _block(calls: list[str], scopes: Mapping[str, str]) -> str:
+    for block, scope in scopes.items():
+        if any(call == scope or call.startswith(f"{scope}.") for call in calls):
+            return block
+    return OUTSIDE
+
+
+def _part(operator: str, layer: str, parts: Mapping[str, str]) -> str:
+    if operator == "scaled_dot_product_attention":
+        return ATTENTION_PRODUCTS
+    part = next((parts[name] for name in layer.split(".") if name in parts), OTHER)
+    # The final norm is the decoder's.
+    return NORMS if operator == "layer_norm" and part != DECODER else part
+
+
+def _by_operator(counts: Mapping[str, int]) -> dict[str, int]:
+    by_op: Counter[str] = Counter()
+    for name, macs in counts.items():
+        by_op[name.partition("@")[0]] += macs
+    return dict(by_op)
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

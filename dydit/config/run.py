@@ -12,6 +12,7 @@ from dydit.config.sections import (
     ComputeConfig,
     DataConfig,
     DyDiTConfig,
+    GatesConfig,
     ModelConfig,
     ObjectiveConfig,
     PathText,
@@ -27,7 +28,7 @@ class RunConfig(Section):
     """Everything that decides a training run; saved beside its results.
 
     ``pretrain`` trains the static model of ``model``; ``finetune`` converts ``backbone`` and trains it
-    with the sections ``dydit``, ``compute`` and ``warmup``, which ``pretrain`` does not read.
+    with the sections ``dydit``, ``compute``, ``warmup`` and ``gates``, which ``pretrain`` does not read.
     """
 
     task: Literal["pretrain", "finetune"] = Field(description="train a static backbone, or make one dynamic")
@@ -47,6 +48,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(description="optimiser and checkpoints")
     compute: ComputeConfig = Field(default=ComputeConfig(), description="compute loss; finetune only")
     warmup: WarmupConfig = Field(default=WarmupConfig(), description="stabilising start; finetune only")
+    gates: GatesConfig = Field(default=GatesConfig(), description="sharper gates; finetune only")
     sampler: SamplerConfig = Field(default=SamplerConfig(), description="sampler for the finished model")
 
     @model_validator(mode="after")

@@ -130,9 +130,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where training samples come from."""
 
-    name: Literal["digits", "image_folder", "latents"] = Field(
+    name: Literal["digits", "shapes", "image_folder", "latents", "hf_datasets", "webdataset"] = Field(
         default="digits",
-        description="digits (built in), image_folder (one folder per class) or latents (cached by `encode`)",
+        description=(
+            "digits (built in), shapes (drawn as needed), image_folder (one folder per class), latents (cached "
+            "by `encode`), hf_datasets (a saved folder of that library) or webdataset (a folder of shards)"
+        ),
     )
     path: PathText | None = Field(
         default=None,
@@ -142,6 +145,7 @@ class DataConfig(Section):
         default=None, description="side of the images in pixels; empty: the model's"
     )
     batch_size: PositiveInt = Field(default=32, description="samples per process and step of the data loader")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="shapes only: other seeds, other images")
     num_workers: int = Field(default=0, ge=0, description="loader processes; 0: load in the main process")
     class_dropout: float = Field(
         default=0.1, ge=0, le=1, description="share of labels replaced by the null class"
@@ -153,7 +157,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.name != "digits" and self.path is None:
+        if self.name not in ("digits", "shapes") and self.path is None:
             raise ConfigError(
                 f"name is {self.name} and path is empty", remedy="set path to the folder of the data"
             )
@@ -193,6 +197,9 @@ class TrainConfig(Section):
     ema_decay: float = Field(
         default=0.9999, ge=0, lt=1, description="decay of the averaged weights per step; 0: no averaging"
     )
+    ema_device: Literal["model", "cpu"] = Field(
+        default="model", description="where the averaged weights lie; cpu saves memory on the GPU"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="number format of forward and backward"
     )
@@ -200,6 +207,13 @@ class TrainConfig(Section):
         default=False, description="recompute activations in the backward to save memory"
     )
     compile: bool = Field(default=False, description="compile the model with torch.compile")
+    model_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="number format of the exported averaged weights; bfloat16 halves their size",
+    )
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Strict(False)] = Field(
+        default=(), description="where metrics go besides metrics.jsonl: tensorboard, wandb, if installed"
+    )
     log_every: PositiveInt = Field(default=100, description="steps between two lines of metrics")
     save_every: PositiveInt = Field(default=5000, description="steps between two checkpoints")
     keep_last: PositiveInt = Field(default=2, description="newest checkpoints to keep")
@@ -234,6 +248,38 @@ class WarmupConfig(Section):
     weight: float = Field(default=1.0, ge=0, description="weight of the extra term")
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of each batch that the extra term sees"
+    )
+    feature_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="distill only: weight of the relative distance to the backbone's tokens after each block",
+    )
+
+
+class GatesConfig(Section):
+    """Closing the gap between noisy gates in training and thresholded gates afterwards.
+
+    A gate that is open with probability 0.75 in training always is in evaluation. Both terms make such gates
+    rare; both are ours, not part of the published recipe, and off by default.
+    """
+
+    final_temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="temperature that training ends at; empty: dydit.temperature throughout",
+    )
+    anneal_start: int = Field(default=0, ge=0, description="step at which the temperature begins to change")
+    anneal_steps: int = Field(
+        default=0, ge=0, description="steps over which it goes, geometrically, to final_temperature"
+    )
+    decisiveness: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the mean of 4·p·(1 − p) over all gates, p the probability of being open; 0: off",
+    )
+    decisiveness_start: int = Field(default=0, ge=0, description="first step of the decisiveness term")
+    decisiveness_ramp: int = Field(
+        default=0, ge=0, description="steps over which its weight rises from 0"
     )
 
 

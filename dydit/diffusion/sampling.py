@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dydit.diffusion.guidance import Denoiser, guided_output
 from dydit.diffusion.loss import split_output
 from dydit.diffusion.schedulers import SamplingPlan, make_plan
 from dydit.errors import ShapeError
+from dydit.guidance import Denoiser, guided_output
 
 
 class SamplerSettings(Protocol):

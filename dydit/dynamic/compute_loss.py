@@ -11,9 +11,14 @@ from dydit.routing.routing import Routing
 from dydit.shapes import ModelShape
 
 
+def deployed_routers(shape: ModelShape, config: DyDiTConfig) -> RouterShape:
+    """The routers that run when deployed: the width is known beforehand, so only the token router does."""
+    return RouterShape(token_hidden=router_shape(shape, config).token_hidden)
+
+
 def deployed_cost(shape: ModelShape, config: DyDiTConfig) -> BlockCost:
-    """Cost of one deployed block: its width is known beforehand, so only the token router runs."""
-    return block_cost(shape, RouterShape(token_hidden=router_shape(shape, config).token_hidden))
+    """Cost of one deployed block."""
+    return block_cost(shape, deployed_routers(shape, config))
 
 
 def compute_ratio(shape: ModelShape, config: DyDiTConfig, routing: Routing) -> Tensor:

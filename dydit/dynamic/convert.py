@@ -39,7 +39,13 @@ def convert(backbone: Any, config: DyDiTConfig | None = None, *, copy: bool = Tr
     if config.rank == "magnitude":
         permute_by_importance(adapter, backbone)
     arguments = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
-    model = DyDiT(type(backbone).__name__, arguments, config.model_dump(), backbone=backbone)
+    # By name: diffusers takes positional arguments for defaults, and from_config would leave them out.
+    model = DyDiT(
+        backbone_class=type(backbone).__name__,
+        backbone_config=arguments,
+        dydit=config.model_dump(),
+        backbone=backbone,
+    )
     first = next(backbone.parameters())
     model.dynamic_blocks.to(device=first.device, dtype=first.dtype)
     return model.train(backbone.training)

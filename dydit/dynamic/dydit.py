@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,11 +13,41 @@ from torch import Tensor, nn
 
 from dydit.adapters.registry import adapter_for, build_backbone
 from dydit.config import DyDiTConfig
+from dydit.costs import ROUTERS
 from dydit.dynamic.masked import masked_block
+from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
+from dydit.routing.gates import GateNoise
 from dydit.routing.routers import BlockRouters, router_shape
-from dydit.routing.routing import Routing
+from dydit.routing.routing import Routing, RoutingLogits
 from dydit.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class _GateArguments:
+    """What the blocks of one forward get to know of their gates.
+
+    Args:
+        heads: gates (B, L, H); groups: gates (B, L, G); None = all on.
+        tokens: gates (B, L, N) to use; None: the token routers decide.
+        noise: for their decision in training.
+        complete: everything on.
+    """
+
+    heads: Tensor | None = None
+    groups: Tensor | None = None
+    tokens: Tensor | None = None
+    noise: GateNoise | None = None
+    complete: bool = False
+
+    def of_block(self, i: int) -> tuple[Any, ...]:
+        """The last arguments of ``masked_block`` for block ``i``."""
+        if self.complete:
+            return None, None, None, True
+        assert self.heads is not None and self.groups is not None
+        tokens = None if self.tokens is None else self.tokens[:, i]
+        gates = (self.heads[:, i], self.groups[:, i], tokens, False)
+        return gates if self.noise is None else (*gates, self.noise.tokens[:, i], self.noise.temperature)
 
 
 class DynamicBlock(nn.Module):
@@ -36,9 +67,13 @@ class DynamicBlock(nn.Module):
         groups: Tensor | None,
         tokens: Tensor | None,
         complete: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        noise: Tensor | None = None,
+        temperature: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See ``masked_block``."""
-        return masked_block(adapter, block, self.routers, x, cond, heads, groups, tokens, complete)
+        return masked_block(
+            adapter, block, self.routers, x, cond, heads, groups, tokens, complete, noise, temperature
+        )
 
 
 class DyDiT(ModelMixin, ConfigMixin):
@@ -104,6 +139,7 @@ class DyDiT(ModelMixin, ConfigMixin):
         complete: bool = False,
         return_routing: bool = False,
         routing: Routing | None = None,
+        noise: GateNoise | None = None,
     ) -> Any:
         """Predict the noise of latents x (B, C, height, width) as the backbone does.
 
@@ -112,6 +148,8 @@ class DyDiT(ModelMixin, ConfigMixin):
             complete: everything on; the routers do not run: the backbone itself.
             return_routing: also return the ``Routing`` that was used.
             routing: gates to use in place of the routers' decisions.
+            noise: noise and temperature of the gates in training mode; None: drawn from torch's global
+                generator, at the config's temperature.
 
         Returns:
             The prediction (B, C_out, height, width), or (prediction, Routing).
@@ -121,44 +159,59 @@ class DyDiT(ModelMixin, ConfigMixin):
             DataError: a label lies outside the table.
         """
         tokens, cond = self.adapter.embed(self.backbone, x, t, y)
-        if routing is None and not complete:
-            heads, groups = self.width_gates(cond.timestep)
-            forced = None
+        if complete:
+            run = _GateArguments(complete=True)
         elif routing is not None:
             routing.check(self.shape, x.shape[0])
-            heads, groups, forced = (
-                g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)
-            )
-        kept: list[Any] = []  # gates (B, N) per block; None where complete
+            run = _GateArguments(*(g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)))
+        else:
+            logits = self.width_logits(cond.timestep)
+            run = _GateArguments(*self._width_gates(logits, noise), noise=noise)
+        kept: list[Any] = []  # gates (B, N) and logits (B, N) per block; None where complete
         for i, (dynamic, block) in enumerate(zip(self.dynamic_blocks, self._blocks(), strict=True)):
-            gates = (
-                (None, None, None)
-                if complete
-                else (heads[:, i], groups[:, i], None if forced is None else forced[:, i])
-            )
-            tokens, keep = self._run_block(dynamic, block, tokens, cond, *gates, complete)
+            tokens, *keep = self._run_block(dynamic, block, tokens, cond, *run.of_block(i))
             kept.append(keep)
         prediction = self.adapter.decode(self.backbone, tokens, cond)
         if not return_routing:
             return prediction
         if complete:
             return prediction, Routing.complete(self.shape, x.shape[0], tokens)
-        return prediction, Routing(heads, groups, torch.stack(kept, dim=1))
+        gates, token_logits = zip(*kept, strict=True)
+        found = None if routing is not None else RoutingLogits(*logits, torch.stack(token_logits, dim=1))
+        return prediction, Routing(run.heads, run.groups, torch.stack(gates, dim=1), found)
 
-    def width_gates(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Head gates (B, L, H) and group gates (B, L, G) for timestep embeddings (B, D)."""
-        heads = torch.stack([r.head_gates(timestep) for r in self.routers], dim=1)
-        groups = torch.stack([r.group_gates(timestep) for r in self.routers], dim=1)
+    def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Head logits (B, L, H) and group logits (B, L, G) for timestep embeddings (B, D)."""
+        heads = torch.stack([r.head_logits(timestep) for r in self.routers], dim=1)
+        groups = torch.stack([r.group_logits(timestep) for r in self.routers], dim=1)
         return heads, groups
+
+    forward_with_cfg = forward_with_cfg
+
+    def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:
+        """Head gates (B, L, H) and group gates (B, L, G) for timestep embeddings (B, D)."""
+        return self._width_gates(self.width_logits(timestep), noise)
+
+    def _width_gates(self, logits: tuple[Tensor, Tensor], noise: GateNoise | None) -> tuple[Tensor, Tensor]:
+        """All blocks' gates at once: a few operations instead of a few per block."""
+        gate, threshold = self.routers[0].gate, self.routing_config.threshold
+        if noise is None:
+            return gate(logits[0], threshold), gate(logits[1], threshold)
+        heads = gate(logits[0], threshold, noise.heads, noise.temperature)
+        return heads, gate(logits[1], threshold, noise.groups, noise.temperature)
 
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"dynamic_blocks.{i}" for i in range(self.shape.depth)}
 
+    def mac_parts(self) -> dict[str, str]:
+        """Name of a layer -> its part in a MAC report."""
+        return {**self.adapter.layer_parts, "routers": ROUTERS}
+
     def _blocks(self) -> nn.ModuleList:
         return self.adapter.blocks(self.backbone)
 
-    def _run_block(self, dynamic: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def _run_block(self, dynamic: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(dynamic, self.adapter, *args)
         return dynamic(self.adapter, *args)

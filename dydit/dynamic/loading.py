@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dydit.adapters.registry import backbone_type
 from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
-from dydit.errors import CheckpointError
+from dydit.errors import CheckpointError, ShapeError
 from dydit.models.checkpoints.config_file import check_arguments, read_config
 from dydit.models.checkpoints.filling import load_model
 from dydit.models.checkpoints.locate import locate, open_weights
@@ -50,7 +50,7 @@ def load_dydit(
     source = open_weights(place)
     backbone, routing = infer_dydit(source, num_heads, sample_size)
     return load_model(
-        lambda: DyDiT("DiT", backbone, DyDiTConfig(**routing).model_dump()),
+        lambda: DyDiT(backbone_class="DiT", backbone_config=backbone, dydit=DyDiTConfig(**routing).model_dump()),
         lambda blueprint: expand(TABLE, blueprint, backbone["depth"]),
         source,
         dtype,
@@ -120,5 +120,8 @@ def _check_settings(source: TensorSource, settings: Mapping[str, Any]) -> None:
     for name in ("backbone_class", "backbone_config", "dydit"):
         if name not in settings:
             raise CheckpointError(f"{label}: config.json lacks {name}", remedy="copy or download it again")
-    backbone: type[nn.Module] = backbone_type(settings["backbone_class"])
+    try:
+        backbone: type[nn.Module] = backbone_type(settings["backbone_class"])
+    except ShapeError as error:
+        raise CheckpointError(f"{label}: {error}") from error
     check_arguments(label, backbone, settings["backbone_config"], max_depth=limit)

@@ -49,16 +49,20 @@ def masked_block(
     groups: Tensor | None,
     tokens: Tensor | None,
     complete: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    noise: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run one block on tokens x (B, N, D).
 
     Args:
         heads: gates (B, H), groups: gates (B, G); None = all on.
         tokens: gates (B, N) to use; None lets the token router decide.
         complete: ignore the token router; every token enters the MLP.
+        noise, temperature: for the token gates in training (see ``BlockRouters.gate``).
 
     Returns:
-        The tokens (B, N, D) and the token gates (B, N) that were used, None when complete.
+        The tokens (B, N, D); the token gates (B, N) that were used, None when complete; and the token
+        router's logits (B, N), None where it did not run.
     """
     norm1, norm2 = adapter.norms(block)
     m = adapter.modulation(block, cond)
@@ -66,9 +70,11 @@ def masked_block(
         adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), heads
     )
     x = adapter.cross(block, add_gated(x, attended, m.gate_attn), cond)
+    logits = None
     if not complete and tokens is None:
-        tokens = routers.token_gates(x)
+        logits = routers.token_logits(x)
+        tokens = routers.gate(logits, routers.config.token_threshold, noise, temperature)
     update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), groups)
     if tokens is not None:
         update = update * tokens.unsqueeze(-1)
-    return add_gated(x, update, m.gate_mlp), tokens
+    return add_gated(x, update, m.gate_mlp), tokens, logits

@@ -11,8 +11,16 @@ from diffusers.configuration_utils import register_to_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from dydit.costs import MODULATION_ROWS
+from dydit.costs import (
+    ATTENTION_PROJECTIONS,
+    CONDITIONING,
+    DECODER,
+    MLP,
+    MODULATION_ROWS,
+    PATCH_EMBEDDING,
+)
 from dydit.errors import ShapeError
+from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import NORM_EPS, Block, Conditioning, FinalLayer
 from dydit.models.embeddings import (
     LabelEmbedder,
@@ -25,6 +33,19 @@ from dydit.models.embeddings import (
 )
 from dydit.models.presets import preset_arguments
 from dydit.shapes import ModelShape
+
+# Layer -> the part of the compute that it is; of nested layers the outer one's row counts.
+LAYER_PARTS = {
+    "x_embedder": PATCH_EMBEDDING,
+    "t_embedder": CONDITIONING,
+    "t_block": CONDITIONING,
+    "y_embedder": CONDITIONING,
+    "adaLN_modulation": CONDITIONING,
+    "attn": ATTENTION_PROJECTIONS,
+    "cross_attn": ATTENTION_PROJECTIONS,
+    "mlp": MLP,
+    "final_layer": DECODER,
+}
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -140,6 +161,8 @@ class DiT(ModelMixin, ConfigMixin):
                 tokens = block(tokens, cond)
         return self.decode(tokens, cond)
 
+    forward_with_cfg = forward_with_cfg
+
     def embed(self, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
         """Latents, timesteps and labels to tokens (B, N, D) and the conditioning of the blocks."""
         check_latent(x, self.shape)
@@ -169,6 +192,10 @@ class DiT(ModelMixin, ConfigMixin):
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
+
+    def mac_parts(self) -> dict[str, str]:
+        """Name of a layer -> its part in a MAC report."""
+        return LAYER_PARTS
 
     def _initialize_weights(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for embeddings, zero for modulations and the last layer."""

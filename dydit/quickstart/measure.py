@@ -120,24 +120,32 @@ def time_of(subject: Subject) -> TimeResult:
     return TimeResult(static_ms=per_step["static"], engine_ms=per_step["engine"])
 
 
-def quality_of(subject: Subject) -> tuple[tuple[QualityRow, ...], dict[str, np.ndarray]]:
-    """Quality of samples from the same noise, and the first of them as arrays for the picture."""
+def quality_of(
+    subject: Subject, control: DyDiT | None = None
+) -> tuple[tuple[QualityRow, ...], dict[str, np.ndarray]]:
+    """Quality of samples from the same noise, and the first of them as arrays for the picture.
+
+    Args:
+        subject: what is measured.
+        control: the static model after equally long fine-tuning; None leaves its row out.
+    """
     split = load_digit_split()
     classifier = train_digit_classifier(split)
-    samples = {
-        "backbone": _samples(subject, subject.backbone), "dydit": _samples(subject, subject.engine)
-    }  # fmt: skip
+    models = {
+        "backbone": ("static backbone", subject.backbone),
+        "dydit": ("DyDiT, sliced engine", subject.engine),
+        "control": ("static backbone, fine-tuned as long", control),
+    }
     labels = subject.inputs(QUALITY_SAMPLES)[1]
-    found = {role: digit_quality(classifier, split, images, labels) for role, images in samples.items()}
-    real = real_digit_quality(classifier, split, QUALITY_SAMPLES)
-    rows = (
-        _row("real", "held-out real digits", real),
-        _row("backbone", "static backbone", found["backbone"]),
-        _row("dydit", "DyDiT, sliced engine", found["dydit"]),
-    )
+    rows = [_row("real", "held-out real digits", real_digit_quality(classifier, split, QUALITY_SAMPLES))]
+    samples = {}
+    for role, (label, model) in models.items():
+        if model is not None:
+            samples[role] = _samples(subject, model)
+            rows.append(_row(role, label, digit_quality(classifier, split, samples[role], labels)))
     shown = subject.model.shape.num_classes * GRID_PER_CLASS
-    arrays = {f"{role}_samples": images[:shown].numpy() for role, images in samples.items()}
-    return rows, {**arrays, "sample_labels": labels[:shown].numpy()}
+    arrays = {f"{role}_samples": samples[role][:shown].numpy() for role in ("backbone", "dydit")}
+    return tuple(rows), {**arrays, "sample_labels": labels[:shown].numpy()}
 
 
 def schedule_arrays(subject: Subject) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from dydit.files import write_file
 from dydit.report import results
 from dydit.report.page_figures import PageFigure, page_figures
-from dydit.report.storage import load_summary, write_atomically
+from dydit.report.storage import load_summary
 from dydit.report.summary import Summary
 from dydit.report.table import outcome
 
@@ -36,8 +37,10 @@ def render_report(folder: str | Path) -> Path:
     figures = page_figures(summary)
     for figure in figures:
         if figure.picture is not None:
-            write_atomically(Path(folder) / FIGURES_FOLDER / f"{figure.name}.png", figure.picture)
-    return write_atomically(Path(folder) / REPORT_NAME, render_page(summary, figures).encode())
+            write_file(Path(folder) / FIGURES_FOLDER / f"{figure.name}.png", figure.picture)
+    path = Path(folder) / REPORT_NAME
+    write_file(path, render_page(summary, figures))
+    return path
 
 
 def render_page(summary: Summary, figures: tuple[PageFigure, ...]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import safetensors.numpy as tensors
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from dydit.errors import DataError, OutputError
+from dydit.errors import DataError
+from dydit.files import write_file
 from dydit.report.summary import Summary, SummaryArrays
 
 SUMMARY_NAME = "summary.json"
@@ -35,9 +35,10 @@ def write_summary(summary: Summary, folder: str | Path) -> Path:
         "summary": summary.model_dump(mode="json"),
         "derived": _derived(summary),
     }
-    write_atomically(Path(folder) / ARRAYS_NAME, arrays)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(Path(folder) / SUMMARY_NAME, text.encode())
+    path = Path(folder) / SUMMARY_NAME
+    write_file(Path(folder) / ARRAYS_NAME, arrays)
+    write_file(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return path
 
 
 def load_summary(folder: str | Path) -> Summary:
@@ -63,27 +64,6 @@ def load_summary(folder: str | Path) -> Summary:
         raise DataError(f"{json_path}: {where}: {first['msg']}", remedy="run again what made it") from error
     except (SafetensorError, TypeError) as error:
         raise DataError(f"{arrays_path} cannot be read: {error}", remedy="run again what made it") from error
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write under a temporary name beside ``path``, then rename: readers see the old file or the new one.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", remedy="choose another output folder"
-        ) from error
-    return path
 
 
 def _contiguous(array: Any) -> Any:

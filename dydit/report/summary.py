@@ -166,11 +166,11 @@ class QualityRow(_Frozen):
 
 
 class EquivalenceCheck(_Frozen):
-    """Two forms of the network that must compute the same function.
+    """Two things that must agree: forms of the network that compute one function, or counts of its MACs.
 
     Attributes:
         name: e.g. ``"sliced engine and masked model"``.
-        max_relative_difference: of their outputs; None when not checked.
+        max_relative_difference: of the outputs or counts; None when not checked.
         tolerance: what counts as equal.
     """
 

@@ -52,7 +52,7 @@ def _checks(summary: Summary) -> str:
         (check.name, number(check.max_relative_difference), number(check.tolerance), outcome(check.passed))
         for check in summary.checks
     ]
-    return align(("same function?", "max rel. diff.", "allowed", "result"), rows)
+    return align(("what must agree", "max rel. diff.", "allowed", "result"), rows)
 
 
 def outcome(passed: bool | None) -> str:

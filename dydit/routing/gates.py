@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dydit.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class GateNoise:
+    """What chance and schedule give the gates of one forward in training, decided outside of the model.
+
+    A forward that gets it is a pure function of its arguments: gradient checkpointing repeats the same gates,
+    and a trainer can deal one draw to several processes.
+
+    Attributes:
+        heads: logistic noise (B, L, H).
+        groups: logistic noise (B, L, G).
+        tokens: logistic noise (B, L, N).
+        temperature: of the Gumbel-sigmoid, a number or a scalar tensor; None: the model's own.
+    """
+
+    heads: Tensor
+    groups: Tensor
+    tokens: Tensor
+    temperature: Tensor | float | None = None
+
+    @classmethod
+    def draw(
+        cls, shape: ModelShape, batch: int, generator: torch.Generator | None, device: torch.device
+    ) -> GateNoise:
+        """Noise for ``batch`` samples."""
+
+        def noise(width: int) -> Tensor:
+            return _logistic((batch, shape.depth, width), generator, device)
+
+        return cls(noise(shape.num_heads), noise(shape.mlp_groups), noise(shape.tokens))
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
@@ -13,13 +47,24 @@ def logistic_noise(logits: Tensor) -> Tensor:
 
     That difference is a logistic variable, so one uniform draw u gives it: log u − log(1 − u).
     """
-    uniform = torch.rand(logits.shape, device=logits.device, dtype=torch.float32)  # in [0, 1)
-    return torch.logit(uniform.clamp_(min=torch.finfo(torch.float32).tiny)).to(logits.dtype)
+    return _logistic(logits.shape, None, logits.device).to(logits.dtype)
 
 
-def training_gate(logits: Tensor, temperature: float) -> Tensor:
-    """0/1 gates from noisy logits: hard in the forward, sigmoid((logits + noise)/temperature) backward."""
-    soft = torch.sigmoid((logits + logistic_noise(logits)) / temperature)
+def _logistic(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)  # in [0, 1)
+    return torch.logit(uniform.clamp_(min=torch.finfo(torch.float32).tiny))
+
+
+def training_gate(logits: Tensor, temperature: float | Tensor, noise: Tensor | None = None) -> Tensor:
+    """0/1 gates from noisy logits: hard in the forward, sigmoid((logits + noise)/temperature) backward.
+
+    Args:
+        logits: any shape; +inf is always on, and NaN gives NaN, never a decision.
+        temperature: of the sigmoid.
+        noise: of the shape of ``logits``; None: drawn from torch's global generator.
+    """
+    noise = logistic_noise(logits) if noise is None else noise.to(logits.dtype)
+    soft = torch.sigmoid((logits + noise) / temperature)
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())
 

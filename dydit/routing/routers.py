@@ -72,30 +72,54 @@ class BlockRouters(nn.Module):
             self.token_router = TokenRouter(D, config.token_router_ratio, config.token_open_bias)
         self.num_heads, self.num_groups = shape.num_heads, shape.mlp_groups
 
-    def gate(self, logits: Tensor, threshold: float) -> Tensor:
-        """Gates of the logits: noisy and differentiable in training, thresholded in evaluation."""
+    def gate(
+        self,
+        logits: Tensor,
+        threshold: float,
+        noise: Tensor | None = None,
+        temperature: Tensor | float | None = None,
+    ) -> Tensor:
+        """Gates of the logits: noisy and differentiable in training, thresholded in evaluation.
+
+        Args:
+            logits: any shape.
+            threshold: score above which a gate is open in evaluation.
+            noise: in training, of the shape of ``logits``; None: drawn from torch's global generator.
+            temperature: in training; None: the config's.
+        """
         if self.training:
-            return training_gate(logits, self.config.temperature)
+            return training_gate(logits, self.config.temperature if temperature is None else temperature, noise)
         return threshold_gate(logits, threshold)
+
+    def head_logits(self, timestep: Tensor) -> Tensor:
+        """Logits (B, H) from timestep embeddings (B, D); +inf for what is always on."""
+        return _width_logits(self.head_router, timestep, self.num_heads)
+
+    def group_logits(self, timestep: Tensor) -> Tensor:
+        """Logits (B, G) from timestep embeddings (B, D); +inf for what is always on."""
+        return _width_logits(self.group_router, timestep, self.num_groups)
+
+    def token_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, N) from tokens (B, N, D); +inf without a token router."""
+        if self.token_router is None:
+            return tokens.new_full(tokens.shape[:-1], torch.inf)
+        return self.token_router(tokens)
 
     def head_gates(self, timestep: Tensor) -> Tensor:
         """Gates (B, H) from timestep embeddings (B, D)."""
-        return self._width_gates(self.head_router, timestep, self.num_heads)
+        return self.gate(self.head_logits(timestep), self.config.threshold)
 
     def group_gates(self, timestep: Tensor) -> Tensor:
         """Gates (B, G) from timestep embeddings (B, D)."""
-        return self._width_gates(self.group_router, timestep, self.num_groups)
+        return self.gate(self.group_logits(timestep), self.config.threshold)
 
     def token_gates(self, tokens: Tensor) -> Tensor:
         """Gates (B, N) from tokens (B, N, D)."""
-        if self.token_router is None:
-            return tokens.new_ones(tokens.shape[:-1])
-        return self.gate(self.token_router(tokens), self.config.token_threshold)
+        return self.gate(self.token_logits(tokens), self.config.token_threshold)
 
-    def _width_gates(self, router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
-        if router is None:
-            return timestep.new_ones(timestep.shape[0], components)
-        return self.gate(router(timestep), self.config.threshold)
+
+def _width_logits(router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
+    return timestep.new_full((timestep.shape[0], components), torch.inf) if router is None else router(timestep)
 
 
 def router_shape(shape: ModelShape, config: DyDiTConfig) -> RouterShape:

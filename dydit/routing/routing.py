@@ -12,6 +12,21 @@ from dydit.shapes import ModelShape
 
 
 @dataclass(frozen=True)
+class RoutingLogits:
+    """What the gates of one forward were decided on; a gate's score is the sigmoid of its logit.
+
+    Attributes:
+        heads: (B, L, H), +inf where always on.
+        groups: (B, L, G), +inf where always on.
+        tokens: (B, L, N), +inf without a token router.
+    """
+
+    heads: Tensor
+    groups: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class Routing:
     """Gates of one forward, 1 = runs, 0 = does not (floats, so that gradients can pass).
 
@@ -19,11 +34,13 @@ class Routing:
         heads: attention heads (B, L, H).
         groups: MLP channel groups (B, L, G).
         tokens: tokens that enter the MLP (B, L, N).
+        logits: the routers' logits behind the gates; None where no router ran.
     """
 
     heads: Tensor
     groups: Tensor
     tokens: Tensor
+    logits: RoutingLogits | None = None
 
     @classmethod
     def complete(cls, shape: ModelShape, batch: int, like: Tensor) -> Routing:

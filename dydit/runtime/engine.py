@@ -9,10 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dydit.costs import ATTENTION_PROJECTIONS, MLP
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError, ShapeError
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
+from dydit.guidance import forward_with_cfg
 from dydit.models.dit import check_latent
 from dydit.models.embeddings import check_per_sample
 from dydit.runtime.packing import (
@@ -110,6 +112,8 @@ class SubnetEngine(nn.Module):
         assert output is not None
         return output
 
+    forward_with_cfg = forward_with_cfg
+
     def pack_statistics(self) -> PackStatistics:
         """Hits, misses, bytes and evictions of the packed weights."""
         return self._cache.statistics()
@@ -117,6 +121,10 @@ class SubnetEngine(nn.Module):
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
+
+    def mac_parts(self) -> dict[str, str]:
+        """Name of a layer -> its part in a MAC report."""
+        return {**self.model.mac_parts(), "sliced_attention": ATTENTION_PROJECTIONS, "sliced_mlp": MLP}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetEngine:
         """Move or convert the model (``.to``); its packed weights are stale then."""

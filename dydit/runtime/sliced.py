@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,18 @@ def sliced_mlp(packed: PackedBlock, act: Any, x: Tensor) -> Tensor:
     return F.linear(act(F.linear(x, *packed.fc1)), *packed.fc2)
 
 
+class Named(nn.Module):
+    """Calls a function; a module only so that fvcore can tell whose MACs it counts."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """What the function returns."""
+        return self.function(*inputs)
+
+
 class SlicedBlock(nn.Module):
     """Runs one block of a backbone with packed weights.
 
@@ -51,13 +64,14 @@ class SlicedBlock(nn.Module):
         super().__init__()
         self._parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
         self._token_logit = logit(token_threshold)
+        self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
     def forward(self, x: Tensor, cond: Conditioning, packed: PackedBlock) -> Tensor:
         """Tokens x (B, N, D) to tokens (B, N, D)."""
         adapter, block, _ = self._parts
         m = adapter.modulation(block, cond)
         normed = modulate(adapter.norms(block)[0](x), m.shift_attn, m.scale_attn)
-        x = add_gated(x, sliced_attention(packed, normed), m.gate_attn)
+        x = add_gated(x, self.sliced_attention(packed, normed), m.gate_attn)
         return self._mlp(adapter.cross(block, x, cond), m, packed)
 
     def _mlp(self, x: Tensor, m: Modulation, packed: PackedBlock) -> Tensor:
@@ -68,7 +82,7 @@ class SlicedBlock(nn.Module):
         flat = x.reshape(B * N, D)
         index = None if router is None else (router(flat) > self._token_logit).nonzero().squeeze(1)  # (K,)
         if index is None or len(index) == B * N:
-            update = sliced_mlp(packed, act, modulate(norm(x), m.shift_mlp, m.scale_mlp))
+            update = self.sliced_mlp(packed, act, modulate(norm(x), m.shift_mlp, m.scale_mlp))
             return add_gated(x, update, m.gate_mlp)
         if not len(index):
             return x
@@ -76,7 +90,7 @@ class SlicedBlock(nn.Module):
         kept = norm(flat.index_select(0, index))
         if shift is not None and scale is not None:
             kept = torch.addcmul(shift, kept, 1 + scale)
-        update = sliced_mlp(packed, act, kept)
+        update = self.sliced_mlp(packed, act, kept)
         update = update if gate is None else gate * update
         # Under autocast the residual stays float32 while the branch is half, and index_add wants one dtype.
         return flat.index_add(0, index, update.to(flat.dtype)).view(B, N, D)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dydit.config import DataConfig
+from dydit.routing.gates import GateNoise
+from dydit.shapes import ModelShape
 from dydit.training.data import Batch
 
 
@@ -24,6 +26,7 @@ class Draws:
         dropped: (B,) bool, labels that become the null class.
         flipped: (B,) bool, images that are mirrored left to right.
         order: (B,) int64, a permutation; its head is the part that the warm-up term sees.
+        gates: noise of the routers' gates; None for a static model.
     """
 
     t: Tensor
@@ -31,6 +34,7 @@ class Draws:
     dropped: Tensor
     flipped: Tensor
     order: Tensor
+    gates: GateNoise | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ class DrawKey:
 
 
 def draw(
-    key: DrawKey, objective: Any, data: DataConfig, shape: tuple[int, ...], device: torch.device
-) -> Draws:
-    """Draw timesteps, noise, dropped labels and flips for a batch of this process.
+    key: DrawKey, objective: Any, data: DataConfig, shape: tuple[int, ...], device: torch.device,
+    routed: ModelShape | None = None,
+) -> Draws:  # fmt: skip
+    """Draw timesteps, noise, dropped labels, flips and the gates' noise for a batch of this process.
 
     Timesteps are stratified over the batch of all processes (DyDiT: the batch mean of the compute ratio then
     estimates its mean over t).
@@ -71,6 +76,7 @@ def draw(
         data: for the probabilities.
         shape: (B, C, H, W) of this process's batch.
         device: where the tensors are wanted.
+        routed: shape of the dynamic model whose gates need noise; None for a static one.
     """
     generator = key.generator(device)
     whole = shape[0] * key.world
@@ -84,7 +90,15 @@ def draw(
         dropped=uniform() < data.class_dropout,
         flipped=uniform() < (0.5 if data.flip else 0.0),
         order=uniform().argsort(),
+        gates=None if routed is None else _gate_noise(key, routed, whole, generator, device),
     )
+
+
+def _gate_noise(
+    key: DrawKey, shape: ModelShape, whole: int, generator: torch.Generator, device: torch.device
+) -> GateNoise:
+    drawn = GateNoise.draw(shape, whole, generator, device)
+    return GateNoise(key.mine(drawn.heads), key.mine(drawn.groups), key.mine(drawn.tokens))
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class NoisyBatch:
         t: timesteps (B,).
         y: labels (B,), some of them already the null class.
         order: (B,) random permutation for ``part``.
+        gates: noise of the gates; a part of a batch has none, as only complete models see one.
     """
 
     x0: Tensor
@@ -106,6 +121,7 @@ class NoisyBatch:
     t: Tensor
     y: Tensor
     order: Tensor
+    gates: GateNoise | None = None
 
     def part(self, fraction: float) -> NoisyBatch:
         """A random ``fraction`` of the batch, at least one sample; 1 is the batch itself."""
@@ -128,4 +144,5 @@ def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int) -> 
         t=draws.t,
         y=torch.where(draws.dropped, null_label, batch.labels),
         order=draws.order,
+        gates=draws.gates,
     )

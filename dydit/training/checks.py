@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from dydit.config import RunConfig, TrainConfig
 from dydit.dynamic.compute_loss import minimum_ratio
@@ -22,10 +24,25 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         # accelerate keeps one state per process and refuses a second run with another number format.
         AcceleratorState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=train.mixed_precision,
         dynamo_backend="inductor" if train.compile else None,
     )
+    _shard_on_cpu(accelerator)
+    return accelerator
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """FSDP for CPU processes too, when the launcher asks for it.
+
+    accelerate's state turns FSDP on for processes with a GPU (or the like) and leaves it out, silently, for
+    CPU ones; torch shards there as well, over gloo. The lines below are those that it runs for a GPU.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # or it would come back from there
 
 
 def check_target(model: Any, cfg: RunConfig) -> None:

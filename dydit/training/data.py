@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
+from dydit.latents.datasets import image_folder, latents
 from dydit.shapes import ModelShape
+from dydit.training.libraries import hub_images, sharded_images
+from dydit.training.procedural import SHAPES_SIDE, Shapes
 
 DIGITS_SIDE = 8
 DIGITS_CLASSES = 10
@@ -61,8 +64,19 @@ def _digits(config: DataConfig) -> LabelledImages:
     return Digits()
 
 
+def _shapes(config: DataConfig) -> LabelledImages:
+    return Shapes(config.image_size or SHAPES_SIDE, config.seed)
+
+
 # Adding a data set is adding a row.
-DATASETS: dict[str, Callable[[DataConfig], LabelledImages]] = {"digits": _digits}
+DATASETS: dict[str, Callable[[DataConfig], LabelledImages]] = {
+    "digits": _digits,
+    "image_folder": image_folder,
+    "latents": latents,
+    "shapes": _shapes,
+    "hf_datasets": hub_images,
+    "webdataset": sharded_images,
+}
 
 
 def make_dataset(config: DataConfig) -> LabelledImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from dydit.training.data import LabelledImages
 from dydit.training.metrics import MetricsFile, one_line
 from dydit.training.rng import scoped_rng
 from dydit.training.signals import StopRequest, stop_on_signal
+from dydit.training.trackers import Trackers, check_trackers
 from dydit.training.trainer import Trainer
 
 CONFIG_FILE = "config.yaml"
@@ -80,7 +83,10 @@ def train(
         trainer = Trainer(model, cfg, dataset, frozen_backbone)
         loop = Loop(trainer, run, on_step)
         loop.open(resume)
-        stopped = loop.run(stop)
+        try:
+            stopped = loop.run(stop)
+        finally:
+            loop.close()
         metrics, checkpoint = loop.record, loop.checkpoint
         steps, is_main = trainer.progress.step, trainer.accelerator.is_main_process
         trained = trainer.close()
@@ -88,7 +94,9 @@ def train(
         by = stop.signal_name or "another process"
         _say(f"stopped by {by} at step {steps}; continue with --resume auto", is_main)
         return TrainResult(steps, trained, metrics, checkpoint, stopped=True)
-    folder = export_model(trained, run / MODEL_FOLDER) if is_main else run / MODEL_FOLDER
+    folder = run / MODEL_FOLDER
+    if is_main:
+        export_model(trained, folder, cfg.train.model_dtype)
     return TrainResult(steps, trained, metrics, checkpoint, folder)
 
 
@@ -101,6 +109,7 @@ class Loop:
         self.file = MetricsFile(run, enabled=self.is_main)
         self.record: Mapping[str, float] = {}
         self.checkpoint: Path | None = None
+        self._trackers: Trackers | None = None
         self._timed_from, self._timed_step = time.perf_counter(), 0
 
     def open(self, resume: str | None) -> None:
@@ -109,8 +118,10 @@ class Loop:
         Raises:
             OutputError: the folder cannot be written, or holds a run and ``resume`` does not continue it.
             CheckpointError: the checkpoint is broken or belongs to another run.
+            ConfigError: a tracker is not installed.
         """
         run, trainer = self.run_folder, self.trainer
+        check_trackers(trainer.cfg.train.trackers)
         there = list_checkpoints(run)
         self.checkpoint = None if resume is None else find_checkpoint(run, resume)
         if there and not _inside(self.checkpoint, run / CHECKPOINTS):
@@ -128,6 +139,12 @@ class Loop:
             remove_scratch(run)
             write_file(run / CONFIG_FILE, dump_config(trainer.cfg))
         self.file.truncate(trainer.progress.step)
+        self._trackers = Trackers(trainer.accelerator, trainer.cfg)
+
+    def close(self) -> None:
+        """Flush the trackers."""
+        if self._trackers is not None:
+            self._trackers.finish()
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step; returns whether the run was stopped before it.
@@ -166,9 +183,13 @@ class Loop:
     def _log(self, bar: Any) -> None:
         record = self.trainer.metrics()
         seconds = time.perf_counter() - self._timed_from
-        record["images_per_s"] = (record["step"] - self._timed_step) * self.trainer.global_batch / seconds
+        done, left = record["step"] - self._timed_step, self.trainer.cfg.train.steps - record["step"]
+        record["images_per_s"] = done * self.trainer.global_batch / seconds
+        record["eta_s"] = left * seconds / done
         self.record = record
         self.file.append(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
         self._restart_clock()
         if bar.disable:
             _say(one_line(record), self.is_main)
@@ -203,12 +224,20 @@ class Loop:
         return f"the last good checkpoint is {self.checkpoint or 'none: nothing was saved before'}"
 
 
-def export_model(model: Any, folder: Path) -> Path:
+def export_model(model: Any, folder: Path, dtype: str = "float32") -> Path:
     """Save a model's weights and config alone, under a temporary name and then at ``folder``.
+
+    Args:
+        model: stays as it is.
+        folder: what was there is replaced whole.
+        dtype: number format of the file: ``float32`` or ``bfloat16``.
 
     Raises:
         OutputError: it cannot be written; what was there before is intact.
     """
+    wanted = getattr(torch, dtype)
+    if any(p.dtype != wanted for p in model.parameters()):
+        model = copy.deepcopy(model).to(wanted)
     with new_folder(folder) as scratch:
         try:
             model.save_pretrained(scratch)

@@ -6,7 +6,7 @@ the host, so nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dydit.config import ComputeConfig
+from dydit.adapters.registry import adapter_for
+from dydit.config import ComputeConfig, WarmupConfig
 from dydit.dynamic.compute_loss import compute_loss, ramped_target
+from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import NoisyBatch
+from dydit.training.features import block_outputs, feature_distance
 
 MeanOverRanks = Callable[[Tensor], Tensor]
 
@@ -55,21 +58,48 @@ def complete_terms(model: Any, objective: Any, batch: NoisyBatch, weight: float)
     return LossTerms(weight * terms.total, {"loss_complete": terms.total.detach()})
 
 
-def distillation_loss(output: Tensor, teacher: Any, batch: NoisyBatch, fraction: float = 1.0) -> Tensor:
-    """Warm-up, second way: mean squared distance to the frozen backbone's output on a part of the batch."""
-    part = batch.part(fraction)
-    with torch.no_grad():
-        wanted = teacher(part.x_t, part.t, part.y)
-    mine = output if part is batch else output[batch.order[: len(part.t)]]
-    return F.mse_loss(mine.float(), wanted.float())
+def teacher_terms(
+    output: Tensor, features: Sequence[Tensor], teacher: Any, batch: NoisyBatch, warmup: WarmupConfig
+) -> LossTerms:
+    """Warm-up, second way: distance to the frozen backbone on a part of the batch.
+
+    Args:
+        output: the dynamic model's prediction (B, C_out, H, W).
+        features: its tokens after each block, (B, N, D) each; empty: they are not compared.
+        teacher: the frozen backbone; sees the same noise, timesteps and dropped labels.
+        batch: the noisy batch.
+        warmup: weights, and the share of the batch.
+    """
+    part = batch.part(warmup.fraction)
+    rows = slice(None) if part is batch else batch.order[: len(part.t)]
+    blocks = adapter_for(teacher).blocks(teacher) if features else ()
+    with torch.no_grad(), block_outputs(blocks) as wanted:
+        target = teacher(part.x_t, part.t, part.y)
+    distance = F.mse_loss(output[rows].float(), target.float())
+    total, parts = warmup.weight * distance, {"loss_distill": distance.detach()}
+    if features:
+        apart = feature_distance([tokens[rows] for tokens in features], wanted)
+        total = total + warmup.feature_weight * apart
+        parts["loss_features"] = apart.detach()
+    return LossTerms(total, parts)
+
+
+def indecision(logits: RoutingLogits) -> Tensor:
+    """Mean over all gates of 4·p·(1 − p), p the probability of being open in training; a scalar in [0, 1].
+
+    0 where every gate is certain: noisy and thresholded gates are then the same. A gate without a router, or
+    always on, is certain.
+    """
+    scores = torch.cat([part.float().flatten() for part in (logits.heads, logits.groups, logits.tokens)]).sigmoid()
+    return (4 * scores * (1 - scores)).mean()
 
 
 def dynamic_terms(
     model: Any, objective: Any, batch: NoisyBatch, *, ratio_of: Callable[[Any], Tensor],
     compute: ComputeConfig, step: int, mean_over_ranks: MeanOverRanks,
-    distill: Callable[[Tensor, NoisyBatch], Tensor] | None = None, distill_weight: float = 1.0,
+    decisiveness: float = 0.0, teach: Callable[[Tensor, NoisyBatch], LossTerms] | None = None,
 ) -> LossTerms:  # fmt: skip
-    """Diffusion loss of the dynamic model, its compute loss and, with ``distill``, the distance to a teacher.
+    """Diffusion loss of the dynamic model, its compute loss, and what is switched on besides.
 
     Args:
         model: a DyDiT in training mode, possibly wrapped.
@@ -79,20 +109,24 @@ def dynamic_terms(
         compute: target λ, weight, ramp.
         step: optimiser steps done, for the ramp.
         mean_over_ranks: a detached scalar of this process -> its mean over all processes.
-        distill: (output, batch) -> extra loss.
-        distill_weight: its weight.
+        decisiveness: weight of ``indecision``; 0 leaves it out.
+        teach: (output, batch) -> the warm-up's distance to a teacher, weighted.
     """
-    output, routing = model(batch.x_t, batch.t, batch.y, return_routing=True)
+    output, routing = model(batch.x_t, batch.t, batch.y, return_routing=True, noise=batch.gates)
     diffusion = diffusion_terms(objective, output, batch)
     ratio = pooled_mean(ratio_of(routing), mean_over_ranks)
     target = ramped_target(step, compute.target, compute.ramp_steps)
     spending = compute_loss(ratio, target)
     total = diffusion.total + compute.weight * spending
     parts = {**diffusion.parts, "loss_compute": spending.detach(), "ratio": ratio.detach()}
-    if distill is not None:
-        distance = distill(output, batch)
-        total = total + distill_weight * distance
-        parts["loss_distill"] = distance.detach()
+    if decisiveness > 0:
+        undecided = indecision(routing.logits)
+        total = total + decisiveness * undecided
+        parts["indecision"] = undecided.detach()
+    if teach is not None:
+        taught = teach(output, batch)
+        total = total + taught.total
+        parts.update(taught.parts)
     return LossTerms(total, parts)
 
 

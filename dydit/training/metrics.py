@@ -99,4 +99,16 @@ def one_line(record: Mapping[str, Any]) -> str:
         "ratio_eval": "evaluated {:.3f}", "lr": "lr {:.2e}", "images_per_s": "{:.0f} images/s",
     }  # fmt: skip
     parts = [text.format(record[name]) for name, text in shown.items() if record.get(name) is not None]
+    if record.get("eta_s"):
+        parts.append(f"{duration(record['eta_s'])} left")
     return f"step {record['step']}: " + ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -7,6 +7,7 @@ import math
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dydit.config import TrainConfig
 
@@ -53,9 +54,35 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def make_ema(model: nn.Module, config: TrainConfig) -> EMAModel:
-    """Averaged weights of ``model`` as it stands (wrapped and sharded models included).
+    """Averaged weights of ``model`` as it stands (wrapped and sharded models included), on ``ema_device``.
 
     The decay at step k is min((1 + k) / (10 + k), ``ema_decay``), diffusers' rule: without it a short run
     would average mostly its starting point.
     """
-    return EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
+    ema = EMAModel(local_parameters(model), decay=config.ema_decay, foreach=True)
+    if config.ema_device == "cpu":
+        ema.to(device="cpu")
+    return ema
+
+
+def update_ema(ema: EMAModel, model: nn.Module) -> None:
+    """Count the present weights into the average, wherever it lies.
+
+    An average on the CPU costs a copy of the weights to it at every step, and no memory on the GPU.
+    """
+    present, place = local_parameters(model), ema.shadow_params[0].device
+    if present[0].device != place:
+        # Copies that say whether they are trained: the average takes frozen ones over as they are.
+        present = [nn.Parameter(p.detach().to(place), requires_grad=p.requires_grad) for p in present]
+    ema.step(present)
+
+
+def local_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters; where FSDP cut them up, this process's pieces, sharing their memory.
+
+    An average needs no other process, and torch's operations on lists of tensors take no cut-up ones.
+    """
+    return [
+        nn.Parameter(p.detach().to_local(), requires_grad=p.requires_grad) if isinstance(p, DTensor) else p
+        for p in model.parameters()
+    ]

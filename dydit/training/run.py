@@ -13,6 +13,7 @@ from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone
 from dydit.training.data import LabelledImages, make_dataset
 from dydit.training.loop import OnStep, TrainResult, train
+from dydit.training.memory import MIB, SavedForBackward, describe_state, peak_memory, state_memory
 from dydit.training.metrics import one_line
 from dydit.training.rng import scoped_rng
 from dydit.training.trainer import Trainer
@@ -71,13 +72,22 @@ def describe(model: Any, cfg: RunConfig) -> str:
     if cfg.task == "finetune":
         wanted = gmacs * cfg.compute.target
         lines.append(f"target {cfg.compute.target:g}: {wanted:.6g} GMACs = {2 * wanted:.6g} GFLOPs")
+    lines.append(describe_state(state_memory(model, cfg.train)))
     return "\n".join(lines)
 
 
 def _try_one_step(model: Any, cfg: RunConfig, dataset: LabelledImages, backbone: Any) -> TrainResult:
     with scoped_rng():
         trainer = Trainer(model, cfg, dataset, backbone)
-        trainer.step()
+        with SavedForBackward(trainer.plain) as saved:
+            trainer.step()
         record = trainer.metrics()
-        print(f"one step of {trainer.global_batch} images: {one_line(record)}")
+        if trainer.accelerator.is_main_process:
+            print(f"one step of {trainer.global_batch} images: {one_line(record)}")
+            kept = "not measured with gradient checkpointing"
+            if not cfg.train.gradient_checkpointing:
+                kept = f"{saved.peak / MIB:.1f} MiB"
+            print(f"activations for the backward of {cfg.data.batch_size} images: {kept}")
+            whose = "this process" if trainer.accelerator.device.type == "cpu" else "the GPU"
+            print(f"peak memory of {whose}: {peak_memory(trainer.accelerator.device) / MIB:.0f} MiB")
         return TrainResult(1, trainer.close(), record)

@@ -20,8 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from dydit.errors import CheckpointError
+from dydit.training.optim import local_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SCATTER = StateDictOptions(full_state_dict=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may hold in pieces, put together; a collective where it does."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -55,12 +62,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 @contextmanager
 def averaged_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     """The model with its averaged weights, for as long as the context lasts."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    parameters = local_parameters(model)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
 
 
 def ema_weights(model: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
@@ -72,7 +80,8 @@ def ema_weights(model: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
 def load_ema(model: nn.Module, ema: EMAModel, tensors: Mapping[str, Tensor], steps: int) -> None:
     """Put averaged weights back; the model's own weights come afterwards, with ``load_weights``."""
     load_weights(model, tensors, "ema.safetensors")
-    ema.shadow_params = [p.detach().clone() for p in model.parameters()]
+    place = ema.shadow_params[0].device
+    ema.shadow_params = [p.detach().to(place, copy=True) for p in local_parameters(model)]
     ema.optimization_step = steps
 
 
@@ -108,19 +117,25 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     set_optimizer_state_dict(model, optimizer, template, options=_SCATTER)
 
 
-def unsharded(accelerator: Any, model: nn.Module, plain: Any, ema: EMAModel) -> Any:
+def unsharded(accelerator: Any, model: Any, kind: Any, ema: EMAModel) -> Any:
     """The trained model without wrappers, with the averaged weights; a collective.
 
     In place where the parameters are whole; FSDP's are cut up for good, so a new model takes them there.
+
+    Args:
+        accelerator: that wrapped the model.
+        model: as it came back from there.
+        kind: the model's class before.
+        ema: the averaged weights.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
-        ema.copy_to(model.parameters())
+        ema.copy_to(local_parameters(model))
         return accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     with averaged_weights(model, ema):
         tensors = get_model_state_dict(model, options=_SCATTER)
-    whole = type(plain).from_config(plain.config)
-    whole.load_state_dict(tensors)
-    return whole
+    whole_model = kind.from_config(model.config)
+    whole_model.load_state_dict(tensors)
+    return whole_model
 
 
 def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,18 +14,23 @@ from torch import Tensor
 
 from dydit.config import RunConfig
 from dydit.diffusion import make_objective
-from dydit.dynamic.compute_loss import compute_ratio, ramped_target
-from dydit.errors import ConfigError, TrainingError
+from dydit.dynamic.compute_loss import ramped_target
+from dydit.errors import TrainingError
 from dydit.training import state
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
+from dydit.training.branches import Branches
 from dydit.training.checkpoint import Snapshot
 from dydit.training.checks import check_same_run, check_target, make_accelerator
 from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
-from dydit.training.losses import LossTerms, complete_terms, distillation_loss, dynamic_terms, static_terms
+from dydit.training.faults import faulty_router
+from dydit.training.losses import LossTerms
 from dydit.training.metrics import Window
-from dydit.training.optim import lr_factor, make_ema, make_optimizer, set_learning_rate
+from dydit.training.optim import lr_factor, make_ema, make_optimizer, set_learning_rate, update_ema
 from dydit.training.rng import RngState, capture_rng, restore_rng
+from dydit.training.schedules import gate_temperature
 from dydit.training.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +69,7 @@ class Trainer:
         if cfg.task == "finetune":
             check_target(model, cfg)
         self.cfg, self.dataset, self.plain = cfg, dataset, model
+        self._kind = type(model)  # FSDP gives the model itself another class
         self.accelerator = make_accelerator(cfg.train)
         self.objective = make_objective(cfg.objective, learn_sigma=model.shape.learn_sigma)
         if cfg.train.gradient_checkpointing:
@@ -70,12 +77,12 @@ class Trainer:
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, cfg.train))
         self.ema = make_ema(self.model, cfg.train)
-        self.teacher = self._take_teacher(teacher)
+        self.branches = Branches(self.accelerator, self.model, model, teacher, cfg)
         self.progress = Progress()
         self.window = Window()
         self._batches = self._stream()
         self._last: NoisyBatch | None = None
-        set_seed(cfg.seed, device_specific=True)  # the gates' noise differs between ranks
+        set_seed(cfg.seed, device_specific=True)  # for a backbone that draws numbers of its own (dropout)
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -107,11 +114,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         terms = [self._accumulate(micro) for micro in range(train.grad_accumulation)]
         limit = math.inf if train.clip_norm is None else train.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = state.whole(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
         finite, stopping = self._agree([*(t.total.detach() for t in terms), norm], stop)
         if finite:
             self.optimizer.step()
-            self.ema.step(self.model.parameters())
+            update_ema(self.ema, self.model)
             for term in terms:
                 self.window.add({"loss": term.total, **term.parts})
             self.window.add({"grad_norm": norm})
@@ -151,7 +158,7 @@ class Trainer:
             _, routing = self.model(batch.x_t, batch.t, batch.y, return_routing=True)
         finally:
             self.model.train()
-        return float(self._mean_over_ranks(self._ratio(routing).mean()))
+        return float(self.branches.mean_over_ranks(self.branches.ratio(routing).mean()))
 
     def snapshot(self, metrics: dict[str, float] | None = None) -> Snapshot:
         """The whole state, gathered from all processes; a collective. Waits for the device.
@@ -187,8 +194,8 @@ class Trainer:
     def load(self, snapshot: Snapshot) -> None:
         """Take up a state that ``snapshot`` gave, on the same or another number of processes.
 
-        With as many processes as before the run goes on bit by bit; a process that is new draws fresh noise
-        for its gates.
+        With as many processes as before the run goes on bit by bit; with another number, up to the order in
+        which sums are rounded.
 
         Raises:
             CheckpointError: it belongs to another model, objective or seed.
@@ -212,8 +219,8 @@ class Trainer:
             The model that came in (for FSDP a whole one in its place), in evaluation mode.
         """
         self._batches.close()
-        self._last = self.teacher = None
-        model = state.unsharded(self.accelerator, self.model, self.plain, self.ema)
+        self._last = self.branches.teacher = None
+        model = state.unsharded(self.accelerator, self.model, self._kind, self.ema)
         self.accelerator.free_memory()
         return model.eval()
 
@@ -226,52 +233,31 @@ class Trainer:
         scale = 1.0 / self.cfg.train.grad_accumulation
         last = micro == self.cfg.train.grad_accumulation - 1
         batch = self._last = self._next(micro)
-        terms: list[LossTerms] = []
-        if self._warming_up("complete"):
-            # Its own backward: the two branches' activations are never in memory together.
-            with self.accelerator.no_sync(self.model):
-                part = batch.part(self.cfg.warmup.fraction)
-                terms.append(complete_terms(self.model, self.objective, part, self.cfg.warmup.weight))
-                self.accelerator.backward(terms[-1].total * scale)
+        step, terms = self.progress.step, []
+        # A backward of its own: the two branches' activations are never in memory together.
+        with self.accelerator.no_sync(self.model):
+            complete = self.branches.complete(self.objective, batch, step)
+            if complete is not None:
+                terms.append(complete)
+                self.accelerator.backward(complete.total * scale)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
-            terms.append(self._main_terms(batch))
+            terms.append(self.branches.main(self.objective, batch, step))
             self.accelerator.backward(terms[-1].total * scale)
         total = torch.stack([term.total.detach() for term in terms]).sum()
         return LossTerms(total, {name: value for term in terms for name, value in term.parts.items()})
-
-    def _main_terms(self, batch: NoisyBatch) -> LossTerms:
-        if self.cfg.task == "pretrain":
-            return static_terms(self.model, self.objective, batch)
-        return dynamic_terms(
-            self.model, self.objective, batch,
-            ratio_of=self._ratio,
-            compute=self.cfg.compute,
-            step=self.progress.step,
-            mean_over_ranks=self._mean_over_ranks,
-            distill=self._distance if self._warming_up("distill") else None,
-            distill_weight=self.cfg.warmup.weight,
-        )  # fmt: skip
-
-    def _distance(self, output: Tensor, batch: NoisyBatch) -> Tensor:
-        with self.accelerator.autocast():
-            return distillation_loss(output, self.teacher, batch, self.cfg.warmup.fraction)
-
-    def _ratio(self, routing: Any) -> Tensor:
-        return compute_ratio(self.plain.shape, self.plain.routing_config, routing)
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        return self.accelerator.reduce(value, "mean")
-
-    def _warming_up(self, mode: str) -> bool:
-        warmup = self.cfg.warmup
-        return self.cfg.task == "finetune" and warmup.mode == mode and self.progress.step < warmup.steps
 
     def _next(self, micro: int) -> NoisyBatch:
         device = self.accelerator.device
         images, labels = (tensor.to(device, non_blocking=True) for tensor in next(self._batches))
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         key = DrawKey(self.cfg.seed, self.progress.step, micro, rank, world)
-        draws = draw(key, self.objective, self.cfg.data, tuple(images.shape), device)
+        routed = self.plain.shape if self.cfg.task == "finetune" else None
+        draws = draw(key, self.objective, self.cfg.data, tuple(images.shape), device, routed)
+        if draws.gates is not None and self.cfg.gates.final_temperature is not None:
+            value = gate_temperature(self.cfg.gates, self.cfg.dydit.temperature, self.progress.step)
+            # A tensor: a number that changes would be compiled anew at every step.
+            gates = replace(draws.gates, temperature=torch.full((), value, device=device))
+            draws = replace(draws, gates=gates)
         return noisy_batch(Batch(images, labels), draws, self.objective, self.plain.null_label)
 
     def _stream(self) -> Any:
@@ -297,22 +283,21 @@ class Trainer:
         progress, limit = self.progress, max(1, self.cfg.train.max_nonfinite)
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         progress.skipped += not finite
+        if finite:
+            return
+        fault = self._fault()
+        if progress.skipped_in_a_row == 1:
+            log.warning("step %d was skipped: its loss or gradient is not finite%s", progress.step, fault)
         if progress.skipped_in_a_row >= limit:
             raise TrainingError(
                 f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
-                f"{progress.step}",
+                f"{progress.step}{fault}",
                 remedy="lower train.lr or train.clip_norm, or check the data",
             )
 
-    def _take_teacher(self, teacher: Any) -> Any:
-        if not self._needs_teacher():
-            return None
-        if teacher is None:
-            raise ConfigError("warmup.mode is distill without a teacher", remedy="pass frozen_backbone")
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
-
-    def _needs_teacher(self) -> bool:
-        return self.cfg.task == "finetune" and self.cfg.warmup.mode == "distill" and self.cfg.warmup.steps > 0
+    def _fault(self) -> str:
+        router = faulty_router(self.model, self._last) if self.cfg.task == "finetune" else ""
+        return f"; the logits of router {router} are NaN" if router else ""
 
     def _load_process(self, processes: list[Any], tensors: Any) -> None:
         rank = self.accelerator.process_index

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_builders import random_masks, routing_of, small_dit
+from core_builders import gates_of, random_masks, routing_of, small_dit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,7 +88,7 @@ def test_the_ratio_is_the_closed_form_of_each_sample() -> None:
     routing = random_routing(3, shape, config, 0.5)
     cost = deployed_cost(shape, config)
     for sample, ratio in enumerate(compute_ratio(shape, config, routing).tolist()):
-        counts = [[int(g[sample, block].sum()) for g in vars(routing).values()] for block in range(2)]
+        counts = [[int(g[sample, block].sum()) for g in gates_of(routing)] for block in range(2)]
         macs = outer_macs(shape) + sum(cost.executed(h, g, k) for h, g, k in counts)
         assert ratio == pytest.approx(macs / static_macs(shape), rel=1e-6)
 
@@ -96,7 +96,7 @@ def test_the_ratio_is_the_closed_form_of_each_sample() -> None:
 def test_its_gradient_is_what_one_more_gate_would_cost() -> None:
     shape, config = SHAPES["adaln_zero"], DyDiTConfig(mlp_groups=8)
     routing = random_routing(3, shape, config, 0.5)
-    gates = [g.requires_grad_() for g in vars(routing).values()]
+    gates = [g.requires_grad_() for g in gates_of(routing)]
     heads, groups, tokens = torch.autograd.grad(compute_ratio(shape, config, routing).sum(), gates)
     cost, static = deployed_cost(shape, config), static_macs(shape)
     torch.testing.assert_close(heads, torch.full_like(heads, cost.per_head / static))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from core_builders import TIMESTEPS, relative_error, small_dit, small_dydit, small_inputs
+from core_builders import TIMESTEPS, gates_of, relative_error, small_dit, small_dydit, small_inputs
 from torch import Tensor
 
 from dydit.config import DyDiTConfig
@@ -13,6 +14,7 @@ from dydit.dynamic.compute_loss import compute_loss, compute_ratio
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ShapeError
+from dydit.routing.gates import GateNoise
 from dydit.routing.routing import Routing
 from dydit.shapes import CONDITIONINGS
 
@@ -29,7 +31,7 @@ def test_the_returned_routing_is_the_one_that_was_used(conditioning: str, traini
     x, t, y = mixed_batch(model)
     prediction, routing = model(x, t, y, return_routing=True)
     routing.check(model.shape, 3)
-    for gates in vars(routing).values():
+    for gates in gates_of(routing):
         assert set(gates.unique().tolist()) <= {0.0, 1.0} and 0 < gates.mean() < 1
     assert torch.equal(model(x, t, y, routing=routing), prediction)
 
@@ -49,6 +51,49 @@ def test_evaluation_is_deterministic_and_training_is_not() -> None:
     assert torch.equal(model(*batch), first) and not torch.equal(first, second)
 
 
+def test_given_noise_makes_a_training_forward_a_function_of_its_arguments() -> None:
+    model = small_dydit().train()
+    batch = mixed_batch(model)
+    noise = GateNoise.draw(model.shape, 3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    state = torch.get_rng_state()
+    first, routing = model(*batch, noise=noise, return_routing=True)
+    again, same = model(*batch, noise=noise, return_routing=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    for one, other, drawn, logits in zip(
+        gates_of(routing), gates_of(same), gates_of(noise), gates_of(routing.logits), strict=True
+    ):
+        assert torch.equal(one, other)
+        assert torch.equal(one, (logits + drawn > 0).float())
+    # Silence decides as evaluation does.
+    silence = GateNoise(*(torch.zeros_like(n) for n in gates_of(noise)))
+    assert relative_error(model(*batch, noise=silence), model.eval()(*batch)) < 1e-6
+
+
+def test_noises_temperature_changes_gradients_and_not_decisions() -> None:
+    model = small_dydit().train()
+    batch = mixed_batch(model)
+    drawn = GateNoise.draw(model.shape, 3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    found = []
+    for temperature in (None, model.routing_config.temperature, torch.tensor(1.0)):
+        output = model(*batch, noise=dataclasses.replace(drawn, temperature=temperature))
+        gradients = torch.autograd.grad(output.square().mean(), list(model.router_parameters()))
+        found.append((output, torch.cat([g.flatten() for g in gradients])))
+    assert all(torch.equal(output, found[0][0]) for output, _ in found)
+    assert torch.equal(found[0][1], found[1][1]) and not torch.allclose(found[0][1], found[2][1])
+
+
+def test_logits_are_what_the_gates_were_decided_on() -> None:
+    model = small_dydit()
+    _, routing = model(*mixed_batch(model), return_routing=True)
+    for gates, logits in zip(gates_of(routing), gates_of(routing.logits), strict=True):
+        assert torch.equal(gates, (logits > 0).float())
+    assert routing.logits.heads[..., 0].isposinf().all()
+    for other in ({"complete": True}, {"routing": routing}):
+        _, without = model(*mixed_batch(model), return_routing=True, **other)
+        assert without.logits is None
+
+
 def test_complete_runs_no_router() -> None:
     model = small_dydit().train()
     for routers in model.routers:
@@ -59,7 +104,7 @@ def test_complete_runs_no_router() -> None:
     prediction, routing = model(*batch, complete=True, return_routing=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert relative_error(prediction, model.backbone(*batch)) < 1e-6
-    assert all(gates.eq(1).all() for gates in vars(routing).values())
+    assert all(gates.eq(1).all() for gates in gates_of(routing))
 
 
 def test_width_depends_on_the_timestep_alone() -> None:
@@ -142,9 +187,8 @@ def test_runs_under_autocast_in_training() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(training: bool) -> None:
-    model = small_dydit().train(training)
+def test_compiles_without_a_graph_break() -> None:
+    model = small_dydit().train()
     batch = mixed_batch(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.manual_seed(0)

@@ -88,6 +88,9 @@ def test_adaln_single_is_diffusers_pixart(t: Tensor) -> None:
     copy_linear(ours.final_layer.linear, theirs.proj_out)
     x, text = small_inputs(ours.shape)
     expected = theirs(
-        x, encoder_hidden_states=text, timestep=t, added_cond_kwargs={"resolution": None, "aspect_ratio": None}
+        x,
+        encoder_hidden_states=text,
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     ).sample
     assert relative_error(ours(x, t, text), expected) < 1e-5

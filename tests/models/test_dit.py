@@ -158,11 +158,3 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(conditioning:
     assert torch.equal(loss, loss_again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
     assert all(g.abs().max() > 0 for g in gradients)
-
-
-def test_compiles_without_a_graph_break() -> None:
-    model = small_dit()
-    x, y = small_inputs(model.shape)
-    t = torch.tensor([5.0, 6.0, 7.0])
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x, t, y), model(x, t, y))

@@ -28,7 +28,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         patch.setattr(measure, "TIMING_ROUNDS", 2)
         runs = [tmp_path_factory.mktemp("quickstart") / name for name in ("first", "again")]
         for folder in runs:
-            assert main(["quickstart", f"--steps={STEPS}", f"--out={folder}", "--ratio=0.6", "--seed=3"]) == 0
+            line = ["quickstart", f"--steps={STEPS}", f"--out={folder}", "--ratio=0.6", "--seed=3", "--control"]
+            assert main(line) == 0
         return runs
 
 
@@ -43,7 +44,7 @@ def test_the_summary_holds_what_was_asked_for(folder: Path) -> None:
     assert summary.conditions.training_steps == STEPS
     assert summary.conditions.seed == 3
     assert summary.compute.unsupported == {}
-    assert [row.role for row in summary.quality] == ["real", "backbone", "dydit"]
+    assert [row.role for row in summary.quality] == ["real", "backbone", "dydit", "control"]
     assert all(metric.value is not None for row in summary.quality for metric in row.metrics)
     assert all("FID" not in metric.name for row in summary.quality for metric in row.metrics)
 

@@ -31,7 +31,7 @@ def test_renders_from_the_folder_alone_and_again_to_the_same(folder: Path, page_
     assert pictures == {
         f"{n}.png" for n in ("samples", "compute_and_time", "width", "token_pictures", "training")
     }
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob(".*"))
 
 
 def test_page_is_self_contained_and_forbids_requests(page_path: Path, ours: str) -> None:

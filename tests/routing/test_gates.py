@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from core_builders import small_dit
 
-from dydit.routing.gates import logistic_noise, logit, threshold_gate, training_gate
+from dydit.routing.gates import GateNoise, logistic_noise, logit, threshold_gate, training_gate
 
 DRAWS = 20_000
 
@@ -99,3 +100,25 @@ def test_logit() -> None:
     assert logit(0.5) == 0.0
     assert (logit(0.0), logit(1.0)) == (-math.inf, math.inf)
     assert 1 / (1 + math.exp(-logit(0.3))) == pytest.approx(0.3)
+
+
+def test_given_noise_decides_and_nothing_is_drawn() -> None:
+    logits, noise = torch.zeros(4), torch.tensor([-2.0, -0.1, 0.1, 2.0])
+    state = torch.get_rng_state()
+    assert training_gate(logits, 5.0, noise).tolist() == [0, 0, 1, 1]
+    assert training_gate(logits.bfloat16(), 5.0, noise).dtype == torch.bfloat16
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_noise_fits_the_model_and_its_generator() -> None:
+    shape = small_dit(conditioning="in_context").shape.with_groups(8)
+
+    def draw(seed: int) -> GateNoise:
+        return GateNoise.draw(shape, 3, torch.Generator().manual_seed(seed), torch.device("cpu"))
+
+    state = torch.get_rng_state()
+    one, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (one.heads.shape, one.groups.shape, one.tokens.shape) == ((3, 2, 4), (3, 2, 8), (3, 2, 18))
+    assert torch.equal(one.tokens, again.tokens) and not torch.equal(one.tokens, other.tokens)
+    assert one.temperature is None

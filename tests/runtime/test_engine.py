@@ -107,7 +107,9 @@ def test_refuses_what_it_cannot_run() -> None:
     model = small_dydit()
     engine = engine_of(model)
     x, y = small_inputs(model.shape)
-    with pytest.raises(ScheduleError, match=r"timestep 21; expected one of the schedule's 3 \(999, 500, 20\)"):
+    with pytest.raises(
+        ScheduleError, match=r"timestep 21; expected one of the schedule's 3 \(999, 500, 20\)"
+    ):
         engine(x, 21.0, y)
     with pytest.raises(ScheduleError, match="timestep 7"):
         engine(x, torch.tensor([20.0, 7.0, 20.0]), y)
@@ -167,7 +169,9 @@ def test_a_tight_budget_changes_nothing_but_the_packings() -> None:
         assert torch.equal(tight(x, t, y), roomy(x, t, y))
     assert tight.pack_statistics().bytes <= budget
     assert tight.pack_statistics().evictions > 0 == roomy.pack_statistics().evictions
-    with pytest.raises(ConfigError, match=rf"memory budget of {budget - 1} bytes; expected at least one block's"):
+    with pytest.raises(
+        ConfigError, match=rf"memory budget of {budget - 1} bytes; expected at least one block's"
+    ):
         engine_of(model, memory_budget=budget - 1)
 
 

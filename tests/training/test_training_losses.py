@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from dydit import DyDiT, DyDiTConfig, convert, load_backbone
-from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig
+from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig, WarmupConfig
 from dydit.diffusion import make_objective
 from dydit.dynamic.compute_loss import compute_ratio
+from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
 from dydit.training.data import Batch
+from dydit.training.features import block_outputs
 from dydit.training.losses import (
     complete_terms,
-    distillation_loss,
     dynamic_terms,
+    indecision,
     pooled_mean,
     static_terms,
+    teacher_terms,
 )
 
 OBJECTIVE = make_objective(ObjectiveConfig(), learn_sigma=True)
@@ -144,22 +147,46 @@ def test_a_freshly_converted_model_is_at_no_distance_from_its_teacher(
 ) -> None:
     backbone = load_backbone(backbone_folder)
     model = convert(backbone, DyDiTConfig())
-    output = model(batch.x_t, batch.t, batch.y)
-    assert distillation_loss(output, backbone, batch) < 1e-10
-    moved = distillation_loss(output + 0.5, backbone, batch, fraction=0.5)
-    torch.testing.assert_close(moved, torch.tensor(0.25), rtol=1e-4, atol=0)
+    with block_outputs(model.dynamic_blocks) as features:
+        output = model(batch.x_t, batch.t, batch.y)
+    warmup = WarmupConfig(mode="distill", feature_weight=1.0, fraction=0.5)
+    found = teacher_terms(output, features, backbone, batch, warmup)
+    assert found.parts["loss_distill"] < 1e-10 and found.parts["loss_features"] < 1e-10
+    moved = teacher_terms(output + 0.5, [1.1 * tokens for tokens in features], backbone, batch, warmup)
+    torch.testing.assert_close(moved.parts["loss_distill"], torch.tensor(0.25), rtol=1e-4, atol=0)
+    torch.testing.assert_close(moved.parts["loss_features"], torch.tensor(0.01), rtol=1e-4, atol=0)
 
 
-def test_distillation_is_added_with_its_weight_and_teaches_no_teacher(
+def test_distillation_is_added_with_its_weights_and_teaches_no_teacher(
     model: DyDiT, backbone_folder: Path, batch: NoisyBatch
 ) -> None:
-    teacher = load_backbone(backbone_folder)
+    teacher, warmup = load_backbone(backbone_folder), WarmupConfig(weight=0.5, feature_weight=2.0)
     torch.manual_seed(1)
     plain = terms(model, batch)
     torch.manual_seed(1)
-    taught = terms(
-        model, batch, distill=lambda output, b: distillation_loss(output, teacher, b), distill_weight=0.5
-    )
-    torch.testing.assert_close(taught.total, plain.total + 0.5 * taught.parts["loss_distill"])
+    with block_outputs(model.dynamic_blocks) as features:
+        taught = terms(
+            model, batch, teach=lambda output, b: teacher_terms(output, features, teacher, b, warmup)
+        )
+    extra = 0.5 * taught.parts["loss_distill"] + 2.0 * taught.parts["loss_features"]
+    torch.testing.assert_close(taught.total, plain.total + extra)
     taught.total.backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_indecision_is_largest_at_even_odds_and_nothing_for_what_is_certain() -> None:
+    even = RoutingLogits(*(torch.zeros(2, 3, 4) for _ in range(3)))
+    certain = RoutingLogits(*(torch.full((2, 3, 4), sign * torch.inf) for sign in (1, -1, 1)))
+    assert indecision(even) == 1.0 and indecision(certain) == 0.0
+    logits = RoutingLogits(*(torch.full((2, 3, 4), 1.0, requires_grad=True) for _ in range(3)))
+    indecision(logits).backward()
+    assert logits.heads.grad is not None and (logits.heads.grad < 0).all()  # descending opens it further
+
+
+def test_decisiveness_is_added_with_its_weight(model: DyDiT, batch: NoisyBatch) -> None:
+    torch.manual_seed(1)
+    plain = terms(model, batch)
+    torch.manual_seed(1)
+    found = terms(model, batch, decisiveness=0.5)
+    torch.testing.assert_close(found.total, plain.total + 0.5 * found.parts["indecision"])
+    assert "indecision" not in plain.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
@@ -19,6 +20,9 @@ M = TypeVar("M", bound=nn.Module)
 
 # Weights of a network that computes; integers and 8-bit floats would need a scale that no file here has.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Computed buffers up to this many values are built whatever the size of the weights: 128 MB in float64.
+SMALL_BUFFER = 2**24
 
 
 def load_model(
@@ -46,6 +50,7 @@ def load_model(
     check_names(source, [name for entry in entries for name in entry.theirs])
     _check_shapes(source, entries, blueprint.state_dict())
     _check_dtypes(source, entries, {name for name, _ in blueprint.named_buffers()}, dtype)
+    _check_computed(source, entries, blueprint)
     with init_empty_weights():
         model = _built(build, source)
     state = dict(_read_all(source, entries, dtype))
@@ -116,6 +121,19 @@ def _check_dtypes(
                     expected=f"{first[1]}, as {first[0]} has",
                     remedy="pass dtype=torch.float32 to convert all of them",
                 )
+
+
+def _check_computed(source: TensorSource, entries: list[Entry], blueprint: nn.Module) -> None:
+    """Refuse buffers that are computed, such as positions, out of proportion to the stored weights."""
+    stored = {entry.ours for entry in entries}
+    limit = max(SMALL_BUFFER, sum(math.prod(facts.shape) for facts in source.facts.values()) // 8)
+    for name, buffer in blueprint.named_buffers():
+        if name not in stored and buffer.numel() > limit:
+            raise CheckpointError(
+                f"{source.label}: its config asks for {name} of shape {tuple(buffer.shape)}",
+                expected=f"at most {limit} values beside these weights",
+                remedy="check sample_size and patch_size",
+            )
 
 
 def _read_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _HARMLESS: list[Any] = [argparse.Namespace]
 
 _STATE_DICT = "a state dict of tensors, bare or under " + " or ".join(map(repr, CONTAINERS))
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # how torch's errors name code
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80"
 
@@ -65,14 +67,14 @@ def _unpickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # the unpickler's guesses at what is wrong; the error says it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
-        if foreign := _foreign_globals(path):
+        if foreign := _foreign_globals(path, error):
             raise CheckpointError(
                 f"{path} needs {', '.join(foreign[:3])} to be run in order to be read",
                 expected="a file of tensors only",
                 remedy="if you trust its source, save its state dict alone with torch.save",
             ) from error
         raise CheckpointError(
-            f"{path} is damaged ({first_line(error)})",
+            f"{path} is damaged ({_reason(error)})",
             expected="a file that torch.save wrote",
             remedy="copy or download it again",
         ) from error
@@ -109,13 +111,21 @@ def _has_directory(path: Path) -> bool:
         return True
 
 
-def _foreign_globals(path: Path) -> list[str]:
+def _foreign_globals(path: Path, error: Exception) -> list[str]:
     """Names of the code that a file asks for beyond what is allowed; empty where that cannot be told."""
     try:
         with safe_globals(_HARMLESS):
-            return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # a damaged pickle can raise anything
-        return []
+            if names := sorted(get_unsafe_globals_in_checkpoint(path)):
+                return names
+    except Exception:  # a damaged pickle can raise anything, and torch does not look into the old format
+        pass
+    return _GLOBAL.findall(str(error))
+
+
+def _reason(error: Exception) -> str:
+    """What torch says is wrong, without its advice on how to run the file's code."""
+    said = [part for part in str(error).split("\n\n") if part.strip() and "torch.load" not in part]
+    return first_line(said[0] if said else type(error).__name__)
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dydit.diffusion.guidance import guided_output
+from dydit.guidance import guided_output
 
 NULL = 10
 CHANNELS = 4

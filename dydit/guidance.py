@@ -1,0 +1,113 @@
+"""Classifier-free guidance (Ho & Salimans): one call of a model on a doubled batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dydit.errors import ConfigError, ShapeError
+
+# A model as it is sampled from: x (B, C, H, W), t (B,) or one number for the whole batch, y (B,) int64.
+Denoiser = Callable[[Tensor, Any, Tensor], Tensor]
+
+
+class LabelledModel(Protocol):
+    """A denoiser that knows its null class."""
+
+    @property
+    def null_label(self) -> int: ...
+
+    def __call__(self, x: Tensor, t: Any, y: Tensor) -> Any: ...
+
+
+def guide(conditional: Tensor, null: Tensor, scale: float, guided_channels: int) -> Tensor:
+    """null + s·(conditional − null) on the first channels, conditional on the others. (B, C', H, W)
+
+    With s = 1 + w this is eq. 6 of Ho & Salimans. Published DiT samples guide three channels of
+    four; variance channels come last and are never guided.
+    """
+    first_conditional, first_null = conditional[:, :guided_channels], null[:, :guided_channels]
+    guided = first_null + scale * (first_conditional - first_null)
+    return torch.cat([guided, conditional[:, guided_channels:]], dim=1)
+
+
+def guided_output(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor | float,
+    labels: Tensor,
+    null: Tensor | int,
+    *,
+    scale: float,
+    guided_channels: int | None,
+) -> Tensor:
+    """The model's output under guidance, in the dtype of x.
+
+    Scale 1 is the conditional output alone: the model is then called on the plain batch.
+
+    Args:
+        x: (B, C, H, W).
+        t: the timestep of the whole batch, or one per sample (B,).
+        labels: (B,) int64, or text tokens (B, M, context_dim).
+        null: the class that stands for "no label", or what takes the place of ``labels`` there.
+        scale: s; 0 is the output without a label.
+        guided_channels: first n channels of C to guide; None: all C.
+
+    Returns:
+        (B, C, H, W), or (B, 2C, H, W) if the model has variance channels.
+
+    Raises:
+        ConfigError: guided_channels is below 1.
+    """
+    if guided_channels is not None and guided_channels < 1:
+        raise ConfigError(f"guided_channels is {guided_channels}", expected="at least 1, or None for all")
+    if scale == 1:
+        return model(x, t, labels).to(x.dtype)
+    null_labels = null if isinstance(null, Tensor) else torch.full_like(labels, null)
+    steps = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+    output = model(torch.cat([x, x]), steps, torch.cat([labels, null_labels])).to(x.dtype)
+    conditional, without = output.chunk(2)
+    channels = x.shape[1] if guided_channels is None else min(guided_channels, x.shape[1])
+    return guide(conditional, without, scale, channels)
+
+
+def forward_with_cfg(
+    self: LabelledModel,
+    x: Tensor,
+    t: Tensor | float,
+    y: Tensor,
+    guidance_scale: float,
+    guided_channels: int | None = 3,
+    *,
+    null_y: Tensor | None = None,
+) -> Tensor:
+    """The prediction under classifier-free guidance, by one call on the doubled batch; a model's method.
+
+    The batch is given once, with its labels: the half without labels is made here, and not made at scale 1.
+
+    Args:
+        x: latents (B, C, height, width).
+        t: timesteps (B,), or one number for the whole batch.
+        y: labels (B,), or text tokens (B, M, context_dim).
+        guidance_scale: s in null + s·(conditional − null); 1 is the conditional prediction.
+        guided_channels: first n latent channels to guide (public DiT samples: 3); None: all. The others, and
+            the variance channels, are the conditional prediction's.
+        null_y: what y is without a label; None: the null class. Text has none, so there it is needed.
+
+    Returns:
+        (B, C, height, width), or (B, 2C, height, width) if the covariance is learned.
+
+    Raises:
+        ConfigError: guided_channels is below 1.
+        ShapeError: x, t or y does not fit, or y is text and null_y is missing.
+    """
+    if null_y is None and y.ndim > 1 and guidance_scale != 1:
+        raise ShapeError(
+            f"text tokens of shape {tuple(y.shape)} to guide by",
+            expected="null_y, the tokens of no text, beside them",
+        )
+    null = self.null_label if null_y is None else null_y
+    return guided_output(self, x, t, y, null, scale=guidance_scale, guided_channels=guided_channels)

@@ -1,0 +1,80 @@
+"""TensorBoard and W&B beside the JSON lines, through accelerate's trackers, where they are installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from dydit.config import RunConfig
+from dydit.errors import ConfigError
+
+# Tracker -> modules of which one must be there.
+NEEDED = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ConfigError: names the first one that is missing.
+    """
+    for name in names:
+        if not any(find_spec(module) for module in NEEDED[name]):
+            raise ConfigError(
+                f"train.trackers has {name}, which is not installed",
+                remedy=f"pip install {name}, or remove it: metrics.jsonl is always written",
+            )
+
+
+class Trackers:
+    """The trackers of a run; empty, and without effect, on every process but the first.
+
+    Args:
+        accelerator: says which process this is.
+        cfg: the run; its settings become the tracker's.
+    """
+
+    def __init__(self, accelerator: Accelerator, cfg: RunConfig) -> None:
+        self.trackers: list[GeneralTracker] = []
+        if not accelerator.is_main_process:
+            return
+        run = Path(cfg.output_dir)
+        settings = flat_settings(cfg.model_dump(mode="json"))
+        for name in cfg.train.trackers:
+            tracker: Any
+            if name == "tensorboard":
+                tracker = TensorBoardTracker("tensorboard", logging_dir=run)
+            else:
+                # One run of theirs for one of ours: resuming goes on in it.
+                tracker = WandBTracker("dydit", name=run.name, dir=str(run), id=run.name, resume="allow")
+            tracker.start()
+            tracker.store_init_configuration(settings)
+            self.trackers.append(tracker)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send one record; values that are not finite are left out."""
+        values = {name: value for name, value in record.items() if name != "step" and math.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(values, step=int(record["step"]))
+
+    def finish(self) -> None:
+        """Flush and close."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> number, text or bool; lists and empty values as text, since trackers know no others."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flat_settings(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str)) else str(value)
+    return flat

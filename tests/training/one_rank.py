@@ -1,0 +1,76 @@
+"""One process of a distributed run; ``test_training_distributed.py`` starts them, as a launcher would.
+
+Usage: one_rank.py CONFIG.yaml OUT. Trains as DDP, then again as FSDP, in one process group; the first rank
+writes to ``OUT/{ddp,fsdp}.pt`` what the test compares, and a checkpoint after the third step beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+
+from dydit.config import RunConfig, load_config
+from dydit.training import Trainer, make_dataset
+from dydit.training.checkpoint import save_checkpoint
+from dydit.training.run import build_model
+
+STEPS, CHECKPOINT_AT = 4, 3
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut up over the processes."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def observe(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
+    """A few steps: losses, the first step's gates and gradients, the last weights and averages."""
+    set_seed(cfg.seed)  # the routers' first weights, the same on every process
+    model, backbone = build_model(cfg)
+    trainer = Trainer(model, cfg, make_dataset(cfg.data), backbone)
+    gates, ratio = [], trainer.branches.ratio
+
+    def watch(routing: Any) -> Tensor:
+        gates.append([part.detach().clone() for part in (routing.heads, routing.groups, routing.tokens)])
+        return ratio(routing)
+
+    trainer.branches.ratio = watch  # type: ignore[method-assign]
+    seen: dict[str, Any] = {"kind": str(trainer.accelerator.distributed_type), "records": []}
+    for step in range(1, STEPS + 1):
+        trainer.step()
+        if step == 1:
+            seen["gates"] = gather_object([gates[0]])
+            grads = {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
+            seen["gradients"] = {name.removeprefix("module."): grad for name, grad in grads.items()}
+        seen["records"].append(trainer.metrics())
+        if checkpoint is not None and step == CHECKPOINT_AT:
+            snapshot = trainer.snapshot()
+            if trainer.accelerator.is_main_process:
+                save_checkpoint(checkpoint, snapshot)
+    trained = trainer.snapshot().tensors
+    seen["weights"], seen["ema"] = trained["model"], trained["ema"]
+    seen["closed"] = {name: tensor.clone() for name, tensor in trainer.close().state_dict().items()}
+    return seen
+
+
+def main(config: str, out: Path) -> None:
+    cfg = load_config(config)
+    for kind in ("ddp", "fsdp"):
+        os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp").lower()
+        AcceleratorState._reset_state()
+        seen = observe(cfg, out / kind)
+        if os.environ["RANK"] == "0":
+            torch.save(seen, out / f"{kind}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,150 @@
+"""Scale-out is the same maths: two processes with eight samples each against one process with sixteen."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import one_rank  # beside this file: pytest puts the folder on the path
+import pytest
+import torch
+
+from dydit.config import RunConfig, dump_config
+from dydit.training import Trainer, make_dataset
+from dydit.training.checkpoint import find_checkpoint, load_checkpoint
+from dydit.training.run import build_model
+
+TIMEOUT_S = 300
+# A gradient that is zero in theory (the bias of the keys) is rounding noise, which Adam turns into whole steps.
+ADAM_NOISE = 2e-4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(script: Path, arguments: list[str]) -> None:
+    """Two processes on the CPU, with what torchrun and accelerate's launcher would tell them."""
+    shared = {
+        **os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "FSDP_VERSION": "2",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+
+
+def settings(make: Callable[..., RunConfig], batch_size: int) -> RunConfig:
+    return make(
+        f"batch{batch_size}",
+        data={"batch_size": batch_size, "flip": True},
+        train={"steps": 10, "clip_norm": None},
+        warmup={"mode": "complete", "steps": 2, "fraction": 1.0},
+        gates={"decisiveness": 0.1, "final_temperature": 0.5, "anneal_steps": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path
+) -> dict[str, dict[str, Any]]:
+    """What ``one_rank.observe`` saw of one process with 16 samples, of DDP and of FSDP with 2 × 8."""
+    out = tmp_path_factory.mktemp("distributed")
+    make = configs(backbone_folder, out)
+    config = out / "config.yaml"
+    config.write_text(dump_config(settings(make, 8)))
+    launch(Path(one_rank.__file__), [str(config), str(out)])
+    found = {kind: torch.load(out / f"{kind}.pt", weights_only=False) for kind in ("ddp", "fsdp")}
+    return {"one": one_rank.observe(settings(make, 16)), **found, "out": {"path": out}}
+
+
+def configs(backbone: Path, out: Path) -> Callable[..., RunConfig]:
+    def make(name: str, **sections: Any) -> RunConfig:
+        base = {
+            "task": "finetune", "output_dir": str(out / name), "backbone": str(backbone),
+            "dydit": {"open_bias": 1.0, "token_open_bias": 1.0, "temperature": 1.0},
+            "compute": {"target": 0.6, "ramp_steps": 4},
+        }  # fmt: skip
+        return RunConfig(**base, **sections)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_processes_run_as_what_was_asked_for(runs: dict[str, dict[str, Any]], kind: str) -> None:
+    assert runs[kind]["kind"] == {"ddp": "DistributedType.MULTI_CPU", "fsdp": "DistributedType.FSDP"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_process_routes_its_samples_as_one_process_would(
+    runs: dict[str, dict[str, Any]], kind: str
+) -> None:
+    (one,), parts = runs["one"]["gates"], runs[kind]["gates"]
+    assert len(parts) == 2
+    for whole, *pieces in zip(one, *parts, strict=True):
+        assert 0.1 < whole.mean() < 0.95  # there is something to compare
+        for rank, piece in enumerate(pieces):
+            assert torch.equal(piece, whole[rank::2])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_those_of_one_process_with_both_batches(
+    runs: dict[str, dict[str, Any]], kind: str
+) -> None:
+    one, two = runs["one"]["gradients"], runs[kind]["gradients"]
+    assert one.keys() == two.keys() and any("router" in name for name in one)
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_loss_series_is_the_same_compute_loss_included(
+    runs: dict[str, dict[str, Any]], kind: str
+) -> None:
+    for step, (one, two) in enumerate(zip(runs["one"]["records"], runs[kind]["records"], strict=True)):
+        assert one.keys() == two.keys() and {"loss_compute", "ratio_eval", "indecision"} <= one.keys()
+        assert ("loss_complete" in one) == (step < 2)
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-7), step
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_weights_and_averages_end_the_same(runs: dict[str, dict[str, Any]], kind: str) -> None:
+    for what in ("weights", "ema", "closed"):
+        assert runs[kind][what].keys() == runs["one"][what].keys()
+        for name, tensor in runs["one"][what].items():
+            torch.testing.assert_close(runs[kind][what][name], tensor, rtol=0, atol=ADAM_NOISE)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_continues_as_one(runs: dict[str, dict[str, Any]], kind: str) -> None:
+    out = runs["out"]["path"]
+    checkpoint = find_checkpoint(out / kind, "auto")
+    assert checkpoint is not None
+    cfg = settings(configs(checkpoint_backbone(checkpoint), out), 16)
+    model, _ = build_model(cfg)
+    trainer = Trainer(model, cfg, make_dataset(cfg.data))
+    trainer.load(load_checkpoint(checkpoint))
+    trainer.step()
+    assert trainer.metrics() == pytest.approx(runs["one"]["records"][-1], rel=1e-4, abs=1e-7)
+
+
+def checkpoint_backbone(checkpoint: Path) -> Path:
+    return Path(load_checkpoint(checkpoint).state["config"]["backbone"])
