@@ -278,9 +278,7 @@ class GatesConfig(Section):
         description="weight of the mean of 4·p·(1 − p) over all gates, p the probability of being open; 0: off",
     )
     decisiveness_start: int = Field(default=0, ge=0, description="first step of the decisiveness term")
-    decisiveness_ramp: int = Field(
-        default=0, ge=0, description="steps over which its weight rises from 0"
-    )
+    decisiveness_ramp: int = Field(default=0, ge=0, description="steps over which its weight rises from 0")
 
 
 class SamplerConfig(Section):

@@ -28,7 +28,8 @@ class _GateArguments:
     """What the blocks of one forward get to know of their gates.
 
     Args:
-        heads: gates (B, L, H); groups: gates (B, L, G); None = all on.
+        heads: gates (B, L, H); None = all on.
+        groups: gates (B, L, G); None = all on.
         tokens: gates (B, L, N) to use; None: the token routers decide.
         noise: for their decision in training.
         complete: everything on.
@@ -163,10 +164,14 @@ class DyDiT(ModelMixin, ConfigMixin):
             run = _GateArguments(complete=True)
         elif routing is not None:
             routing.check(self.shape, x.shape[0])
-            run = _GateArguments(*(g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)))
+            heads, groups, given = (
+                g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)
+            )
+            run = _GateArguments(heads, groups, given)
         else:
             logits = self.width_logits(cond.timestep)
-            run = _GateArguments(*self._width_gates(logits, noise), noise=noise)
+            heads, groups = self._width_gates(logits, noise)
+            run = _GateArguments(heads, groups, noise=noise)
         kept: list[Any] = []  # gates (B, N) and logits (B, N) per block; None where complete
         for i, (dynamic, block) in enumerate(zip(self.dynamic_blocks, self._blocks(), strict=True)):
             tokens, *keep = self._run_block(dynamic, block, tokens, cond, *run.of_block(i))
@@ -178,7 +183,7 @@ class DyDiT(ModelMixin, ConfigMixin):
             return prediction, Routing.complete(self.shape, x.shape[0], tokens)
         gates, token_logits = zip(*kept, strict=True)
         found = None if routing is not None else RoutingLogits(*logits, torch.stack(token_logits, dim=1))
-        return prediction, Routing(run.heads, run.groups, torch.stack(gates, dim=1), found)
+        return prediction, Routing(heads, groups, torch.stack(gates, dim=1), found)
 
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Head logits (B, L, H) and group logits (B, L, G) for timestep embeddings (B, D)."""

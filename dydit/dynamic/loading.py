@@ -50,7 +50,9 @@ def load_dydit(
     source = open_weights(place)
     backbone, routing = infer_dydit(source, num_heads, sample_size)
     return load_model(
-        lambda: DyDiT(backbone_class="DiT", backbone_config=backbone, dydit=DyDiTConfig(**routing).model_dump()),
+        lambda: DyDiT(
+            backbone_class="DiT", backbone_config=backbone, dydit=DyDiTConfig(**routing).model_dump()
+        ),
         lambda blueprint: expand(TABLE, blueprint, backbone["depth"]),
         source,
         dtype,

@@ -88,7 +88,9 @@ class BlockRouters(nn.Module):
             temperature: in training; None: the config's.
         """
         if self.training:
-            return training_gate(logits, self.config.temperature if temperature is None else temperature, noise)
+            return training_gate(
+                logits, self.config.temperature if temperature is None else temperature, noise
+            )
         return threshold_gate(logits, threshold)
 
     def head_logits(self, timestep: Tensor) -> Tensor:
@@ -119,7 +121,9 @@ class BlockRouters(nn.Module):
 
 
 def _width_logits(router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
-    return timestep.new_full((timestep.shape[0], components), torch.inf) if router is None else router(timestep)
+    return (
+        timestep.new_full((timestep.shape[0], components), torch.inf) if router is None else router(timestep)
+    )
 
 
 def router_shape(shape: ModelShape, config: DyDiTConfig) -> RouterShape:

@@ -130,7 +130,8 @@ class NoisyBatch:
             return self
         keep = self.order[:size]
         fields = (self.x0, self.noise, self.x_t, self.t, self.y, self.order)
-        return NoisyBatch(*(field[keep] for field in fields))
+        x0, noise, x_t, t, y, order = (field[keep] for field in fields)
+        return NoisyBatch(x0, noise, x_t, t, y, order)
 
 
 def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int) -> NoisyBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from accelerate import Accelerator
@@ -32,7 +31,9 @@ class Branches:
         ConfigError: ``warmup.mode`` is distill and there is no teacher.
     """
 
-    def __init__(self, accelerator: Accelerator, model: Any, plain: Any, teacher: Any, cfg: RunConfig) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: Any, plain: Any, teacher: Any, cfg: RunConfig
+    ) -> None:
         self.accelerator, self.model, self.plain, self.cfg = accelerator, model, plain, cfg
         self.teacher: Any = None
         if cfg.task == "finetune" and cfg.warmup.mode == "distill" and cfg.warmup.steps > 0:
@@ -53,7 +54,7 @@ class Branches:
             return static_terms(self.model, objective, batch)
         teaching = self._warming_up("distill", step)
         compares = teaching and self.cfg.warmup.feature_weight > 0
-        with block_outputs(self.plain.dynamic_blocks) if compares else nullcontext([]) as features:
+        with block_outputs(self.plain.dynamic_blocks if compares else ()) as features:
 
             def teach(output: Tensor, batch: NoisyBatch) -> LossTerms:
                 return self._teach(output, features, batch)

@@ -42,7 +42,8 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
     if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # or it would come back from there
+        # Every new AcceleratorState takes it over from there.
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def check_target(model: Any, cfg: RunConfig) -> None:

@@ -36,5 +36,8 @@ def feature_distance(mine: Iterable[Tensor], wanted: Iterable[Tensor]) -> Tensor
 
     Relative, since tokens grow from block to block and the last ones would drown the others.
     """
-    shares = [F.mse_loss(a.float(), b.float()) / b.float().square().mean() for a, b in zip(mine, wanted, strict=True)]
+    shares = [
+        F.mse_loss(a.float(), b.float()) / b.float().square().mean()
+        for a, b in zip(mine, wanted, strict=True)
+    ]
     return torch.stack(shares).mean()

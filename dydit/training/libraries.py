@@ -147,4 +147,7 @@ def _tensor(image: Image.Image, side: int) -> Tensor:
 
 
 def _bytes(value: Any) -> bytes:
-    return value.read() if hasattr(value, "read") else bytes(value)
+    if not hasattr(value, "read"):
+        return bytes(value)
+    value.seek(0)  # the library may hand out the same stream again
+    return bytes(value.read())

@@ -90,7 +90,8 @@ def indecision(logits: RoutingLogits) -> Tensor:
     0 where every gate is certain: noisy and thresholded gates are then the same. A gate without a router, or
     always on, is certain.
     """
-    scores = torch.cat([part.float().flatten() for part in (logits.heads, logits.groups, logits.tokens)]).sigmoid()
+    parts = (logits.heads, logits.groups, logits.tokens)
+    scores = torch.cat([part.float().flatten() for part in parts]).sigmoid()
     return (4 * scores * (1 - scores)).mean()
 
 

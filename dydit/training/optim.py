@@ -83,6 +83,6 @@ def local_parameters(model: nn.Module) -> list[nn.Parameter]:
     An average needs no other process, and torch's operations on lists of tensors take no cut-up ones.
     """
     return [
-        nn.Parameter(p.detach().to_local(), requires_grad=p.requires_grad) if isinstance(p, DTensor) else p
+        nn.Parameter(p.data.to_local(), requires_grad=p.requires_grad) if isinstance(p.data, DTensor) else p
         for p in model.parameters()
     ]

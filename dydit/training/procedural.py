@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 
 SHAPES_SIDE = 32
 # Images in an epoch. They do not repeat before; more would only make the order of an epoch larger in memory.

@@ -15,7 +15,8 @@ def gate_temperature(gates: GatesConfig, start: float, step: int) -> float:
     """
     if gates.final_temperature is None:
         return start
-    return float(start * (gates.final_temperature / start) ** _rise(step, gates.anneal_start, gates.anneal_steps))
+    progress = _rise(step, gates.anneal_start, gates.anneal_steps)
+    return float(start * (gates.final_temperature / start) ** progress)
 
 
 def decisiveness_weight(gates: GatesConfig, step: int) -> float:

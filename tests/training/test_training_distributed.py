@@ -40,7 +40,9 @@ def launch(script: Path, arguments: list[str]) -> None:
         subprocess.Popen(
             [sys.executable, str(script), *arguments],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for rank in range(2)
     ]
@@ -63,9 +65,7 @@ def settings(make: Callable[..., RunConfig], batch_size: int) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path
-) -> dict[str, dict[str, Any]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dict[str, dict[str, Any]]:
     """What ``one_rank.observe`` saw of one process with 16 samples, of DDP and of FSDP with 2 × 8."""
     out = tmp_path_factory.mktemp("distributed")
     make = configs(backbone_folder, out)
@@ -112,7 +112,9 @@ def test_gradients_are_those_of_one_process_with_both_batches(
     one, two = runs["one"]["gradients"], runs[kind]["gradients"]
     assert one.keys() == two.keys() and any("router" in name for name in one)
     for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

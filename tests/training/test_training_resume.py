@@ -90,13 +90,13 @@ def test_pretraining_resumes_as_exactly(pretrain_config: MakeConfig) -> None:
     assert_same_run(straight, run_training(pretrain_config("stopped"), resume="auto"))
 
 
-# Runs a training of twelve steps again and again, each time to be killed with `kill -9` at another moment, in a
-# child that is forked once everything is imported: starting Python anew for every kill would take minutes.
-MOMENTS = 12
+MOMENTS = 12  # seeds: each kills one run with SIGKILL at two random moments
 
 
 def killed_at(cfg: RunConfig, moment: int) -> int:
     """Train in a child that kills itself at the ``moment``-th event of its saves and steps; its exit status.
+
+    The child is forked with everything imported: starting Python for every kill would take minutes.
 
     An event is a step, or a call by which a save makes, syncs, renames or deletes something: between any two
     of them the disk is in another state.
@@ -185,7 +185,8 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    assert re.search(r"checkpoint at step 8 was not saved .*step 4 is intact.*--resume auto", told.read_text())
+    message = r"checkpoint at step 8 was not saved .*step 4 is intact.*--resume auto"
+    assert re.search(message, told.read_text())
     checkpoints = Path(cfg.output_dir) / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]  # nothing half-written is left
     assert_same_run(straight, run_training(cfg, resume="auto"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dydit import convert, load_backbone, load_dydit
 from dydit.config import RunConfig, load_config
 from dydit.errors import ConfigError, TrainingError
 from dydit.training import Trainer, make_dataset, run_training, train
+from dydit.training.optim import make_ema
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -220,3 +223,66 @@ def test_memory_savers_change_no_result_much(make_config: MakeConfig, precision:
         losses.append(trainer.metrics())
     for key in ("loss", "grad_norm", "ratio"):
         assert losses[0][key] == pytest.approx(losses[1][key], rel=1e-5 if precision == "no" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["head_router", "group_router", "token_router"])
+def test_a_router_with_nan_logits_is_named(
+    make_config: MakeConfig, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(make_config(train={"max_nonfinite": 2}))
+    router = getattr(trainer.plain.routers[1], kind)
+    with torch.no_grad():
+        list(router.parameters())[-1].fill_(torch.nan)
+    trainer.step()
+    name = rf"the logits of router dynamic_blocks\.1\.routers\.{kind} are NaN"
+    assert re.search(rf"step 1 was skipped.*{name}", caplog.text)
+    with pytest.raises(TrainingError, match=name):
+        trainer.step()
+
+
+def test_averages_on_the_cpu_are_the_same_averages(make_config: MakeConfig) -> None:
+    """Here both are on the CPU; what is tested is the copy that goes to it."""
+    trainers = [make_trainer(make_config(train={"ema_device": place})) for place in ("model", "cpu")]
+    trainers[1].plain.load_state_dict(trainers[0].plain.state_dict())
+    for trainer in trainers:
+        trainer.ema = make_ema(trainer.model, trainer.cfg.train)
+        trainer.step()
+    trainers[1].ema.shadow_params = [p.to("meta") for p in trainers[1].ema.shadow_params]
+    trainers[1].step()  # copies go where the average lies
+    assert all(p.device.type == "meta" for p in trainers[1].ema.shadow_params)
+    for p in trainers[0].ema.shadow_params:
+        assert p.device.type == "cpu"
+
+
+def test_the_exported_averages_in_bf16_take_half_the_room(make_config: MakeConfig) -> None:
+    result = run_training(make_config(train={"steps": 4, "model_dtype": "bfloat16"}))
+    assert result.model_dir is not None and result.checkpoint is not None
+    exported = next(result.model_dir.glob("*.safetensors"))
+    stored = load_file(exported)
+    for name, tensor in result.model.state_dict().items():
+        assert tensor.dtype == torch.float32  # the caller's model stays as it is
+        assert torch.equal(stored[name], tensor.to(torch.bfloat16))
+    full = load_file(result.checkpoint / "model.safetensors")
+    assert sum(t.nbytes for t in stored.values()) * 2 == sum(t.nbytes for t in full.values())
+    loaded = load_dydit(result.model_dir)
+    assert loaded(torch.randn(1, 1, 8, 8).to(loaded.dtype), 500.0, torch.tensor([3])).isfinite().all()
+
+
+def test_a_run_keeps_the_newest_checkpoints_and_the_milestones(make_config: MakeConfig) -> None:
+    cfg = make_config(train={"steps": 12, "save_every": 2, "keep_last": 2, "keep_every": 6})
+    run_training(cfg)
+    kept = sorted(path.name for path in (Path(cfg.output_dir) / "checkpoints").iterdir())
+    assert kept == ["step-00000006", "step-00000010", "step-00000012"]
+
+
+def test_the_temperature_falls_without_the_model_changing(make_config: MakeConfig) -> None:
+    trainer = make_trainer(make_config(gates={"final_temperature": 0.25, "anneal_steps": 2}))
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda _module, _args, options: seen.append(options.get("noise")), with_kwargs=True
+    )
+    for _ in range(3):
+        trainer.step()
+    temperatures = [float(noise.temperature) for noise in seen if noise is not None]
+    assert temperatures == pytest.approx([1.0, 0.5, 0.25])
+    assert trainer.plain.routing_config.temperature == 1.0

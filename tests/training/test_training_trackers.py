@@ -1,0 +1,74 @@
+"""TensorBoard and W&B get what metrics.jsonl gets, where they are installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dydit.config import RunConfig
+from dydit.errors import ConfigError
+from dydit.training import run_training, trackers
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a stand-in for TensorBoard was told."""
+    told: list[tuple[Any, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            Path(folder).mkdir(parents=True)
+            told.append(("folder", folder))
+
+        def add_hparams(self, values: dict[str, Any], metric_dict: dict[str, Any]) -> None:
+            told.append(("settings", values))
+
+        def add_scalar(self, name: str, value: float, global_step: int) -> None:
+            told.append((name, value, global_step))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            told.append(("closed",))
+
+    module = ModuleType("tensorboardX")
+    module.__spec__ = ModuleSpec("tensorboardX", None)
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    return told
+
+
+def test_tensorboard_gets_settings_and_every_record(
+    make_config: Callable[..., RunConfig], written: list[tuple[Any, ...]]
+) -> None:
+    cfg = make_config(train={"steps": 2, "log_every": 1, "trackers": ["tensorboard"]})
+    run_training(cfg)
+    assert written[0] == ("folder", str(Path(cfg.output_dir) / "tensorboard")) and written[-1] == ("closed",)
+    settings = dict([written[1]])["settings"]
+    assert settings["train.lr"] == 1e-3 and settings["train.betas"] == "[0.9, 0.999]"
+    assert settings["train.router_lr"] == "None"
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        for name in line.keys() - {"step"}:
+            assert (name, line[name], line["step"]) in written
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    cfg = make_config(train={"trackers": ["wandb"]})
+    with pytest.raises(
+        ConfigError, match=r"train\.trackers has wandb, which is not installed; pip install wandb"
+    ):
+        run_training(cfg)
+    assert not (Path(cfg.output_dir) / "metrics.jsonl").exists()
