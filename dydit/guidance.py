@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dydit.errors import ConfigError, ShapeError
+from dydit.errors import ConfigError
 
 # A model as it is sampled from: x (B, C, H, W), t (B,) or one number for the whole batch, y (B,) int64.
 Denoiser = Callable[[Tensor, Any, Tensor], Tensor]
@@ -18,7 +18,7 @@ class LabelledModel(Protocol):
     """A denoiser that knows its null class."""
 
     @property
-    def null_label(self) -> int: ...
+    def null_label(self) -> int | Tensor | None: ...
 
     def __call__(self, x: Tensor, t: Any, y: Tensor) -> Any: ...
 
@@ -39,7 +39,7 @@ def guided_output(
     x: Tensor,
     t: Tensor | float,
     labels: Tensor,
-    null: Tensor | int,
+    null: Tensor | int | None,
     *,
     scale: float,
     guided_channels: int | None,
@@ -52,7 +52,8 @@ def guided_output(
         x: (B, C, H, W).
         t: the timestep of the whole batch, or one per sample (B,).
         labels: (B,) int64, or text tokens (B, M, context_dim).
-        null: the class that stands for "no label", or what takes the place of ``labels`` there.
+        null: the class that stands for "no label"; or, with the shape of ``labels`` or of one of them, what
+            takes their place; None where the model has neither.
         scale: s; 0 is the output without a label.
         guided_channels: first n channels of C to guide; None: all C.
 
@@ -60,13 +61,15 @@ def guided_output(
         (B, C, H, W), or (B, 2C, H, W) if the model has variance channels.
 
     Raises:
-        ConfigError: guided_channels is below 1.
+        ConfigError: guided_channels is below 1, or the model has no null class.
     """
     if guided_channels is not None and guided_channels < 1:
         raise ConfigError(f"guided_channels is {guided_channels}", expected="at least 1, or None for all")
     if scale == 1:
         return model(x, t, labels).to(x.dtype)
-    null_labels = null if isinstance(null, Tensor) else torch.full_like(labels, null)
+    if null is None:
+        raise ConfigError(f"guidance scale {scale:g} for a model without a null class", expected="scale 1")
+    null_labels = null.expand_as(labels) if isinstance(null, Tensor) else torch.full_like(labels, null)
     steps = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
     output = model(torch.cat([x, x]), steps, torch.cat([labels, null_labels])).to(x.dtype)
     conditional, without = output.chunk(2)
@@ -95,19 +98,14 @@ def forward_with_cfg(
         guidance_scale: s in null + s·(conditional − null); 1 is the conditional prediction.
         guided_channels: first n latent channels to guide (public DiT samples: 3); None: all. The others, and
             the variance channels, are the conditional prediction's.
-        null_y: what y is without a label; None: the null class. Text has none, so there it is needed.
+        null_y: what y is without a label; None: the model's ``null_label``.
 
     Returns:
         (B, C, height, width), or (B, 2C, height, width) if the covariance is learned.
 
     Raises:
-        ConfigError: guided_channels is below 1.
-        ShapeError: x, t or y does not fit, or y is text and null_y is missing.
+        ConfigError: guided_channels is below 1, or the model has no null class.
+        ShapeError: x, t or y does not fit.
     """
-    if null_y is None and y.ndim > 1 and guidance_scale != 1:
-        raise ShapeError(
-            f"text tokens of shape {tuple(y.shape)} to guide by",
-            expected="null_y, the tokens of no text, beside them",
-        )
     null = self.null_label if null_y is None else null_y
     return guided_output(self, x, t, y, null, scale=guidance_scale, guided_channels=guided_channels)

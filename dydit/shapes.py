@@ -36,6 +36,7 @@ class ModelShape:
         conditioning: one of ``CONDITIONINGS``.
         context_dim: width of a text token (adaln_single only).
         context_length: number of text tokens (adaln_single only).
+        null_class: whether the label table ends with a row for "no label".
         embeds_per_block: every block has a timestep MLP of its own (diffusers' ``DiTTransformer2DModel``).
 
     Raises:
@@ -55,6 +56,7 @@ class ModelShape:
     conditioning: str = "adaln_zero"
     context_dim: int = 0
     context_length: int = 0
+    null_class: bool = True
     embeds_per_block: bool = False
 
     def __post_init__(self) -> None:

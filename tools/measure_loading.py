@@ -1,8 +1,8 @@
 """Peak memory of loading a checkpoint: python tools/measure_loading.py --preset DiT-XL/2
 
-Writes a file of random weights of that size into a temporary folder, loads it with ``load_backbone`` in a
-fresh process and prints one line of JSON: bytes of the weights, and what the peak of resident memory rose by.
-Linux only (it reads /proc, which starts afresh with every process).
+Writes a file of random weights of that size into a temporary folder, loads it in a fresh process and prints one
+line of JSON: bytes of the weights, and what the peak of resident memory rose by. Linux only (it reads /proc,
+which starts afresh with every process).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ def peak_bytes() -> int:
 
 def measure(path: str) -> dict[str, float]:
     """Load ``path`` and report what it took; meaningful once per process."""
-    from dydit.models.loading import load_backbone
+    from dydit.dynamic.loading import load_dydit
+    from dydit.models.loading import load_backbone, stored_class
 
+    load = load_dydit if stored_class(path) == "DyDiT" else load_backbone
     before, start = peak_bytes(), time.perf_counter()
-    model = load_backbone(path)
+    model = load(path)
     seconds, rise = time.perf_counter() - start, peak_bytes() - before
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     return {

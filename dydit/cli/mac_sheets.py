@@ -51,7 +51,7 @@ class Sheet:
         key: what the rows are: part, block, timestep or preset.
         total: the last line; None where the rows do not add up to anything.
         shown: the further columns that the text has room for -> their header and number format.
-        facts: more about the whole, for programs.
+        facts: more about the whole, for programs; ``summary``: the same in words.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Sheet:
     total: Row | None = None
     shown: dict[str, tuple[str, str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
 
 
 def network_sheet(network: NetworkMacs, by: str, static: NetworkMacs) -> Sheet:
@@ -72,14 +73,15 @@ def network_sheet(network: NetworkMacs, by: str, static: NetworkMacs) -> Sheet:
     facts: dict[str, Any] = {
         "analytic_equals_counted": None if network.counted is None else not network.differences
     }
-    conditions = network.conditions
+    summary = []
     if network is not static:
         facts["of_static"] = network.mean_macs / static.mean_macs
-        conditions += f"; {facts['of_static']:.1%} of the static backbone"
+        summary.append(f"{facts['of_static']:.1%} of the static backbone")
     if network.steps:
         gmacs = [table.total / 1e9 for table in network.analytic]
         facts |= {"timesteps": len(gmacs), "gmacs_range": [min(gmacs), max(gmacs)]}
-        conditions += f"; from {_figure(min(gmacs))} to {_figure(max(gmacs))} GMACs"
+        summary.append(f"from {_figure(min(gmacs))} to {_figure(max(gmacs))} GMACs")
+    about: dict[str, Any] = {"facts": facts, "summary": "; ".join(summary)}
     total = Row("total", *_means(network, lambda table: table.total))
     if by == "timestep":
         rows = [
@@ -92,7 +94,7 @@ def network_sheet(network: NetworkMacs, by: str, static: NetworkMacs) -> Sheet:
             for i, (step, analytic) in enumerate(zip(network.steps, network.analytic, strict=True))
         ]
         mean = Row("mean", total.macs, total.counted)
-        return Sheet(network.name, conditions, by, tuple(rows), mean, _STEP_COLUMNS, facts)
+        return Sheet(network.name, network.conditions, by, tuple(rows), mean, _STEP_COLUMNS, **about)
     rows = [
         Row(
             name,
@@ -101,7 +103,7 @@ def network_sheet(network: NetworkMacs, by: str, static: NetworkMacs) -> Sheet:
         )
         for name in _names(network, by)
     ]
-    return Sheet(network.name, conditions, by, tuple(rows), total, facts=facts)
+    return Sheet(network.name, network.conditions, by, tuple(rows), total, **about)
 
 
 def preset_sheet(presets: Sequence[tuple[ModelShape, NetworkMacs]]) -> Sheet:
@@ -156,7 +158,8 @@ def as_text(title: str, sheets: Sequence[Sheet]) -> str:
             for row in lines
         ]
         header += [words for words, _ in sheet.shown.values()]
-        blocks.append(f"{sheet.name}: {sheet.conditions}\n{align(header, body)}")
+        heading = [f"{sheet.name}: {sheet.conditions}", *([sheet.summary] if sheet.summary else [])]
+        blocks.append("\n".join([*heading, align(header, body)]))
     return "\n\n".join([*blocks, _verdict(sheets)])
 
 
@@ -244,4 +247,4 @@ def _whole(macs: float | None) -> float | None:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.4g}"
+    return f"{value:.2f}" if value >= 1 else f"{value:#.4g}"

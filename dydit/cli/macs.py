@@ -48,9 +48,7 @@ def macs(
     ] = None,
     sample_size: Annotated[
         str | None,
-        typer.Option(
-            help="Latent size of a preset, 32 or 32x64 (height x width).", show_default="32: 256 px"
-        ),
+        typer.Option(help="Latent size of a preset, 32 or 32x64 (height x width).", show_default="32"),
     ] = None,
     conditioning: Annotated[
         str | None, typer.Option(help="Conditioning design of a preset.", show_default="adaln_zero")

@@ -134,7 +134,7 @@ class DataConfig(Section):
         default="digits",
         description=(
             "digits (built in), shapes (drawn as needed), image_folder (one folder per class), latents (cached "
-            "by `encode`), hf_datasets (a saved folder of that library) or webdataset (a folder of shards)"
+            "by `encode`), hf_datasets (a saved folder of that library) or webdataset (a folder of tar shards)"
         ),
     )
     path: PathText | None = Field(

@@ -62,7 +62,7 @@ class Sampler:
         model: Denoiser,
         noise: Tensor,
         labels: Tensor,
-        null_label: int,
+        null_label: int | Tensor | None,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[float, Tensor]]:
         """Each timestep with the sample after the step that leaves it; the last sample is the result.
@@ -92,7 +92,7 @@ class Sampler:
         model: Denoiser,
         noise: Tensor,
         labels: Tensor,
-        null_label: int,
+        null_label: int | Tensor | None,
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -113,7 +113,7 @@ class Sampler:
         model: Denoiser,
         x: Tensor,
         labels: Tensor,
-        null_label: int,
+        null_label: int | Tensor | None,
         generator: torch.Generator | None,
     ) -> Iterator[tuple[float, Tensor]]:
         scheduler = self.plan.new_scheduler()

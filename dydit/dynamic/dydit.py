@@ -114,9 +114,9 @@ class DyDiT(ModelMixin, ConfigMixin):
         )
 
     @property
-    def null_label(self) -> int:
-        """Label of the null class in classifier-free guidance."""
-        return self.shape.num_classes
+    def null_label(self) -> int | Tensor | None:
+        """What guidance gives in the place of a label (see ``DiT.null_label``)."""
+        return getattr(self.backbone, "null_label", self.shape.num_classes)
 
     @property
     def routers(self) -> list[BlockRouters]:

@@ -60,6 +60,7 @@ class DiT(ModelMixin, ConfigMixin):
         num_heads: attention heads H.
         mlp_ratio: hidden units of the MLP over D.
         num_classes: classes without the null class, whose label is ``num_classes``.
+        null_class: whether there is a null class, which guidance and label dropout need.
         learn_sigma: predict the covariance too (2C output channels).
         conditioning: ``in_context``, ``cross_attention``, ``adaln``, ``adaln_zero`` or ``adaln_single``
             (PixArt-α: y is then text tokens (B, M, context_dim)).
@@ -91,6 +92,7 @@ class DiT(ModelMixin, ConfigMixin):
         context_length: int = 0,
         frequency_shift: float = 0.0,
         mlp_norm_eps: float = NORM_EPS,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         self.shape = ModelShape(
@@ -104,6 +106,7 @@ class DiT(ModelMixin, ConfigMixin):
             mlp_hidden=int(hidden_size * mlp_ratio),
             mlp_groups=num_heads,
             num_classes=num_classes,
+            null_class=null_class,
             conditioning=conditioning,
             context_dim=context_dim,
             context_length=context_length,
@@ -113,10 +116,10 @@ class DiT(ModelMixin, ConfigMixin):
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, self.shape.grid))
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift)
         if conditioning == "adaln_single":
-            self.y_embedder: nn.Module = TextEmbedder(context_dim, hidden_size)
+            self.y_embedder: nn.Module = TextEmbedder(context_dim, context_length, hidden_size)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         else:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, self.shape.mlp_hidden, conditioning, mlp_norm_eps)
             for _ in range(depth)
@@ -134,9 +137,14 @@ class DiT(ModelMixin, ConfigMixin):
         return cls(**{**preset_arguments(name), **overrides})
 
     @property
-    def null_label(self) -> int:
-        """Label of the null class in classifier-free guidance."""
-        return self.shape.num_classes
+    def null_label(self) -> int | Tensor | None:
+        """What takes a label's place in guidance: the null class, or the tokens (M, context_dim) of no text.
+
+        None where the model has no null class.
+        """
+        if isinstance(self.y_embedder, TextEmbedder):
+            return self.y_embedder.null_text
+        return self.shape.num_classes if self.shape.null_class else None
 
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Predict the noise (and, with ``learn_sigma``, the covariance) of noisy latents.
@@ -172,7 +180,7 @@ class DiT(ModelMixin, ConfigMixin):
             shared = self.t_block(timestep).unflatten(1, (6, -1))  # (B, 6, D)
             return tokens, Conditioning(timestep, shared=shared, context=self.y_embedder(y))
         check_per_sample("labels", y, x.shape[0])
-        check_labels(y, self.shape.num_classes)
+        check_labels(y, self.shape.num_classes, self.shape.null_class)
         label = self.y_embedder(y)  # (B, D)
         pair = torch.stack([timestep, label], dim=1)  # (B, 2, D)
         if self.shape.conditioning == "in_context":

@@ -53,11 +53,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Table of class embeddings; the last row is the null class of classifier-free guidance."""
+    """Table of class embeddings; with ``null_class`` the last row is that of classifier-free guidance."""
 
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
+    def __init__(self, num_classes: int, hidden_size: int, null_class: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + int(null_class), hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         """Embed labels y (B,) as (B, D)."""
@@ -65,10 +65,17 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Projection of text tokens into the model's width (Linear, GELU, Linear), as in PixArt-α."""
+    """Projection of text tokens into the model's width (Linear, GELU, Linear), as in PixArt-α.
 
-    def __init__(self, context_dim: int, hidden_size: int) -> None:
+    ``null_text`` (M, context_dim) are the tokens of no text, which guidance and label dropout put in a text's
+    place: zeros until the text encoder's own are copied there.
+    """
+
+    null_text: Tensor
+
+    def __init__(self, context_dim: int, context_length: int, hidden_size: int) -> None:
         super().__init__()
+        self.register_buffer("null_text", torch.zeros(context_length, context_dim))
         self.fc1 = nn.Linear(context_dim, hidden_size)
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_size, hidden_size)
@@ -102,8 +109,8 @@ def check_per_sample(name: str, values: Tensor, batch: int) -> None:
         raise ShapeError(f"{name} of shape {tuple(values.shape)}", expected=f"({batch},), one per sample")
 
 
-def check_labels(y: Tensor, num_classes: int) -> None:
-    """Refuse labels outside 0..num_classes (the null class included).
+def check_labels(y: Tensor, num_classes: int, null_class: bool = True) -> None:
+    """Refuse labels that the table has no row for.
 
     Looks only where that costs nothing: on the CPU and outside of tracing and compiling.
 
@@ -112,8 +119,7 @@ def check_labels(y: Tensor, num_classes: int) -> None:
     """
     if y.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    bad = y[(y < 0) | (y > num_classes)]
+    bad = y[(y < 0) | (y >= num_classes + int(null_class))]
     if bad.numel():
-        raise DataError(
-            f"label {bad[0].item()}", expected=f"0 to {num_classes - 1}, or {num_classes} for the null class"
-        )
+        null = f", or {num_classes} for the null class" if null_class else "; the model has no null class"
+        raise DataError(f"label {bad[0].item()}", expected=f"0 to {num_classes - 1}{null}")

@@ -73,8 +73,8 @@ class SubnetEngine(nn.Module):
         )
 
     @property
-    def null_label(self) -> int:
-        """Label of the null class in classifier-free guidance."""
+    def null_label(self) -> int | Tensor | None:
+        """What guidance gives in the place of a label (see ``DiT.null_label``)."""
         return self.model.null_label
 
     @torch.no_grad()

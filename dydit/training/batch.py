@@ -134,7 +134,7 @@ class NoisyBatch:
         return NoisyBatch(x0, noise, x_t, t, y, order)
 
 
-def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int) -> NoisyBatch:
+def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int | Tensor | None) -> NoisyBatch:
     """Mirror, corrupt, and drop labels as drawn."""
     images = batch.images
     x0 = torch.where(draws.flipped[:, None, None, None], images.flip(-1), images)
@@ -143,7 +143,14 @@ def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int) -> 
         noise=draws.noise,
         x_t=objective.corrupt(x0, draws.noise, draws.t),
         t=draws.t,
-        y=torch.where(draws.dropped, null_label, batch.labels),
+        y=_without(batch.labels, draws.dropped, null_label),
         order=draws.order,
         gates=draws.gates,
     )
+
+
+def _without(labels: Tensor, dropped: Tensor, null_label: int | Tensor | None) -> Tensor:
+    """Labels (B,) or text tokens (B, M, context_dim), with ``null_label`` where ``dropped`` (B,)."""
+    if null_label is None:
+        return labels
+    return torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), null_label, labels)

@@ -42,7 +42,7 @@ class Branches:
             self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
 
     def complete(self, objective: Any, batch: NoisyBatch, step: int) -> LossTerms | None:
-        """The complete model's loss on a part of the batch; None when it is not, or no longer, in the recipe."""
+        """The complete model's loss on a part of the batch; None where the recipe has none (any more)."""
         if not self._warming_up("complete", step):
             return None
         part = batch.part(self.cfg.warmup.fraction)

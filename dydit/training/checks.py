@@ -61,6 +61,19 @@ def check_target(model: Any, cfg: RunConfig) -> None:
         )
 
 
+def check_dropout(model: Any, cfg: RunConfig) -> None:
+    """Refuse to drop labels of a model that has nothing to put in their place.
+
+    Raises:
+        ConfigError: says how to go on.
+    """
+    if cfg.data.class_dropout > 0 and model.null_label is None:
+        raise ConfigError(
+            f"data.class_dropout is {cfg.data.class_dropout} for a model without a null class",
+            remedy="set data.class_dropout=0",
+        )
+
+
 def check_same_run(cfg: RunConfig, saved: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint of another model, objective or data order.
 

@@ -15,8 +15,9 @@ from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
 from dydit.latents.datasets import image_folder, latents
 from dydit.shapes import ModelShape
-from dydit.training.libraries import hub_images, sharded_images
+from dydit.training.hub_images import hub_images
 from dydit.training.procedural import SHAPES_SIDE, Shapes
+from dydit.training.shards import sharded_images
 
 DIGITS_SIDE = 8
 DIGITS_CLASSES = 10

@@ -64,7 +64,7 @@ def _pair(x: Field, y: Field) -> Field:
     return np.hypot(abs(x) - 0.6, y) - 0.42
 
 
-# Class -> signed distance, or near enough to it, of the outline in a frame of half-width 1; inside is negative.
+# Class -> signed distance, or near it, to the outline in a frame of half-width 1; inside is negative.
 SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "ball": _ball, "box": _box, "diamond": _diamond, "triangle": _triangle, "ring": _ring,
     "cross": _cross, "bar": _bar, "moon": _moon, "star": _star, "pair": _pair,

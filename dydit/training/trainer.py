@@ -20,7 +20,7 @@ from dydit.training import state
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
 from dydit.training.branches import Branches
 from dydit.training.checkpoint import Snapshot
-from dydit.training.checks import check_same_run, check_target, make_accelerator
+from dydit.training.checks import check_dropout, check_same_run, check_target, make_accelerator
 from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
 from dydit.training.faults import faulty_router
 from dydit.training.losses import LossTerms
@@ -66,6 +66,7 @@ class Trainer:
 
     def __init__(self, model: Any, cfg: RunConfig, dataset: LabelledImages, teacher: Any = None) -> None:
         check_fits(dataset, model.shape)
+        check_dropout(model, cfg)
         if cfg.task == "finetune":
             check_target(model, cfg)
         self.cfg, self.dataset, self.plain = cfg, dataset, model

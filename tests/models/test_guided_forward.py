@@ -9,7 +9,7 @@ import torch
 from core_builders import TIMESTEPS, relative_error, small_dit, small_dydit, small_inputs
 from torch import Tensor, nn
 
-from dydit.errors import ConfigError, ShapeError
+from dydit.errors import ConfigError, DataError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import SubnetEngine
 
@@ -78,9 +78,23 @@ def test_text_is_guided_against_the_text_that_is_given_for_none() -> None:
     conditional, null = model(x, 500.0, y)[:, :3], model(x, 500.0, none)[:, :3]
     output = model.forward_with_cfg(x, 500.0, y, 2.0, None, null_y=none)
     assert relative_error(output[:, :3], null + 2.0 * (conditional - null)) < 1e-5
-    with pytest.raises(ShapeError, match="null_y"):
-        model.forward_with_cfg(x, 500.0, y, 2.0)
+    assert torch.equal(model.forward_with_cfg(x, 500.0, y, 2.0, None), output)  # its own is zeros
+    model.y_embedder.null_text.fill_(1.0)
+    assert not torch.equal(model.forward_with_cfg(x, 500.0, y, 2.0, None), output)
     assert torch.equal(model.forward_with_cfg(x, 500.0, y, 1), model(x, 500.0, y))
+
+
+@torch.no_grad()
+def test_a_model_without_a_null_class_cannot_be_guided_and_needs_no_row_for_it() -> None:
+    model = small_dit(null_class=False)
+    x, y = small_inputs(model.shape)
+    y = y.clamp(max=model.shape.num_classes - 1)
+    assert len(model.y_embedder.embedding_table.weight) == model.shape.num_classes
+    assert torch.equal(model.forward_with_cfg(x, 5, y, 1), model(x, 5, y))
+    with pytest.raises(ConfigError, match="without a null class"):
+        model.forward_with_cfg(x, 5, y, 1.5)
+    with pytest.raises(DataError, match="no null class"):
+        model(x, 5, torch.full_like(y, model.shape.num_classes))
 
 
 def test_refuses_channels_below_one() -> None:

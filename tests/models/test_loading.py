@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from core_builders import small_dit, small_dydit
+from safetensors.torch import load_file
 
 import dydit
 from dydit.errors import CheckpointError
@@ -92,13 +93,17 @@ def test_a_hub_id_is_fetched_and_then_a_folder(folder: Path, monkeypatch: pytest
     asked: list[Any] = []
 
     def fetch(name: str, **options: Any) -> str:
-        asked.append((name, options["revision"]))
-        assert all("pickle" not in pattern and ".py" not in pattern for pattern in options["allow_patterns"])
+        asked.append((name, options["revision"], any(p.endswith(".bin") for p in options["allow_patterns"])))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert load_backbone("owner/name", revision="v1").shape.depth == 2
-    assert asked == [("owner/name", "v1")]
+    assert asked == [("owner/name", "v1", False)]
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert load_backbone("owner/name").shape.depth == 2
+    assert asked[1:] == [("owner/name", None, False), ("owner/name", None, True)]
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

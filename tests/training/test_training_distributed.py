@@ -20,7 +20,7 @@ from dydit.training.checkpoint import find_checkpoint, load_checkpoint
 from dydit.training.run import build_model
 
 TIMEOUT_S = 300
-# A gradient that is zero in theory (the bias of the keys) is rounding noise, which Adam turns into whole steps.
+# A gradient that is zero in theory (the keys' bias) is rounding noise, which Adam turns into whole steps.
 ADAM_NOISE = 2e-4
 
 

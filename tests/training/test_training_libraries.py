@@ -1,15 +1,15 @@
-"""Data sets of other libraries, with stand-ins for those: what is asked of them, and what is refused."""
+"""Hugging Face `datasets` folders, with a stand-in for that library, and webdataset shards."""
 
 from __future__ import annotations
 
 import io
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from dydit.config import DataConfig
@@ -94,62 +94,82 @@ def test_a_folder_without_images_or_with_splits_is_refused(datasets: Any) -> Non
         hub()
 
 
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for key, files in samples.items():
+            for ending, content in files.items():
+                add(archive, f"{key}.{ending}", content)
+
+
 @pytest.fixture
-def shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Shards a.tar and b.tar, with what ``wids`` would read from them."""
-    content: dict[str, list[dict[str, Any]]] = {
-        "a.tar": [{"__key__": "0", ".png": encoded(0), ".cls": b"3\n"}],
-        "b.tar": [
-            {"__key__": "1", ".png": encoded(255), ".cls": b"5"},
-            {"__key__": "2", ".png": io.BytesIO(encoded(255)), ".cls": io.BytesIO(b"6")},
-        ],
-    }
-    module = ModuleType("wids")
-    module.IndexedTarSamples = lambda path: content[Path(path).name]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wids", module)
-    for name in content:
-        (tmp_path / name).write_bytes(b"")
-    return content
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shard(folder / "a.tar", {"x/0": {"png": encoded(0), "cls": b"3\n", "json": b"{}"}})
+    ones = {key: {"cls": label, "png": encoded(255)} for key, label in (("1", b"5"), ("2", b"6"))}
+    shard(folder / "b.tar", ones)
+    return folder
 
 
-def test_shards_are_one_sequence(shards: Any, tmp_path: Path) -> None:
-    found = make_dataset(DataConfig(name="webdataset", path=str(tmp_path), image_size=8))
-    assert [found[i][1] for i in range(len(found))] == [3, 5, 6]
+def sharded(folder: Path, **changes: Any) -> Any:
+    return make_dataset(DataConfig(**{"name": "webdataset", "path": str(folder), "image_size": 8, **changes}))
+
+
+def test_shards_are_one_sequence(shards: Path) -> None:
+    found = sharded(shards)
+    assert [found[i][1] for i in range(len(found))] == [3, 5, 6] and found.num_classes == 7
     assert found[0][0].eq(-1).all() and found[2][0].eq(1).all() and found[2][0].shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("sample", "message"),
     [
-        ({".cls": None}, r"b\.tar, sample 1 lacks \.cls"),
-        ({".png": None}, r"b\.tar, sample 1 lacks an image"),
-        ({".cls": b"cat"}, r"b\.tar, sample 1 cannot be read"),
-        ({".png": b"no image"}, r"b\.tar, sample 1 cannot be read"),
+        ({"png": b""}, r"c\.tar, sample 9 lacks \.cls"),
+        ({"cls": b"1"}, r"c\.tar, sample 9 lacks an image"),
+        ({"png": b"", "cls": b"cat"}, r"c\.tar, sample 9 has the label b'cat'; expected a whole number"),
     ],
 )
-def test_a_bad_sample_is_named(shards: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    shards["b.tar"][0] = {k: v for k, v in {**shards["b.tar"][0], **change}.items() if v is not None}
-    found = make_dataset(DataConfig(name="webdataset", path=str(tmp_path), image_size=8))
+def test_a_bad_sample_is_named_or_left_out(shards: Path, sample: dict[str, bytes], message: str) -> None:
+    shard(shards / "c.tar", {"9": sample})
     with pytest.raises(DataError, match=message):
-        found[1]
-    assert torch.equal(found[0][0], -torch.ones(3, 8, 8))
+        sharded(shards)
+    assert len(sharded(shards, on_bad="skip")) == 3
 
 
-def test_a_folder_without_shards_is_refused(shards: Any, tmp_path: Path) -> None:
-    (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"none has no shards; expected files \*\.tar"):
-        make_dataset(DataConfig(name="webdataset", path=str(tmp_path / "none"), image_size=8))
+def test_a_bad_image_is_named_when_it_is_read(shards: Path) -> None:
+    shard(shards / "c.tar", {"9": {"png": encoded(0)[:40], "cls": b"1"}})
+    with pytest.raises(DataError, match=r"c\.tar, 9\.png cannot be read"):
+        sharded(shards)[3]
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [("hf_datasets", "datasets", "datasets"), ("webdataset", "wids", "webdataset")],
-)
-def test_a_missing_library_and_a_missing_size_are_told(
-    name: Any, module: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=f"{package} is not installed; pip install {package}"):
-        make_dataset(DataConfig(name=name, path="somewhere", image_size=8))
+def test_a_broken_shard_is_named_or_left_out(shards: Path) -> None:
+    (shards / "c.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(DataError, match=r"c\.tar cannot be read"):
+        sharded(shards)
+    assert len(sharded(shards, on_bad="skip")) == 3
+
+
+def test_a_folder_without_shards_or_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no shards; expected files \*\.tar"):
+        sharded(tmp_path)
+    shard(tmp_path / "a.tar", {})
+    with pytest.raises(DataError, match="has no samples"):
+        sharded(tmp_path)
+
+
+def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"datasets is not installed; pip install datasets"):
+        hub()
+
+
+@pytest.mark.parametrize("name", ["hf_datasets", "webdataset"])
+def test_a_missing_size_is_told(name: Any) -> None:
     with pytest.raises(ConfigError, match=f"image_size is empty with data.name {name}"):
         make_dataset(DataConfig(name=name, path="somewhere"))

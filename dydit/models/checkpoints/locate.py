@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dydit.errors import CheckpointError
@@ -19,12 +20,14 @@ from dydit.models.checkpoints.torch_files import TorchFile
 # Where a diffusers pipeline keeps its network.
 PIPELINE_FOLDER = "transformer"
 
-# What is fetched of a Hub repository: a model, or the network of a pipeline.
-_HUB_FILES = [
-    prefix + name
-    for prefix in ("", f"{PIPELINE_FOLDER}/")
-    for name in (CONFIG, f"{WEIGHTS}*.safetensors", f"{WEIGHTS}.safetensors.index.json")
-]
+# What is fetched of a Hub repository, in its root or its pipeline's network; pickles only where there is no other.
+_HUB_FILES = (
+    CONFIG,
+    f"{WEIGHTS}.safetensors",
+    f"{WEIGHTS}-*.safetensors",
+    f"{WEIGHTS}.safetensors.index.json",
+)
+_HUB_PICKLE = f"{WEIGHTS}.bin"
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
@@ -88,8 +91,13 @@ def _looks_local(path: str | Path) -> bool:
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    def fetch(files: Sequence[str]) -> Path:
+        patterns = [prefix + file for prefix in ("", f"{PIPELINE_FOLDER}/") for file in files]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        place = fetch(_HUB_FILES)
+        return place if any(place.rglob("*.safetensors")) else fetch([*_HUB_FILES, _HUB_PICKLE])
     except Exception as error:  # the Hub client raises its own, the network library's and the system's
         raise CheckpointError(
             f"{name} is no local path and cannot be fetched from the Hub ({first_line(error)})",

@@ -1,0 +1,98 @@
+"""``hf_datasets``: folders of Hugging Face's `datasets` library, where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dydit.config import DataConfig
+from dydit.errors import ConfigError, DataError
+from dydit.latents.image_folder import centre_crop, to_signed
+
+
+class HubImages:
+    """A folder that ``datasets.Dataset.save_to_disk`` wrote: item i is ((3, side, side) in [-1, 1], label).
+
+    The column of images is the first one of the library's type Image; labels are the first ClassLabel column,
+    or the column ``label``.
+
+    Args:
+        path: the folder.
+        side: of the samples in pixels.
+
+    Raises:
+        ConfigError: the library is not installed.
+        DataError: the folder is not such a data set, or has no images or labels.
+    """
+
+    def __init__(self, path: str | Path, side: int) -> None:
+        library = _library()
+        try:
+            self.rows = library.load_from_disk(str(path))
+        except Exception as problem:  # the library raises much, by version
+            raise DataError(f"{path} is not a folder of the datasets library ({problem})") from problem
+        if not hasattr(self.rows, "features"):  # a DatasetDict: several splits
+            raise DataError(f"{path} has the splits {', '.join(self.rows)}", remedy="give the path of one")
+        features = self.rows.features
+        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+        self.image = _column(kinds, "Image", "image", path)
+        self.label = _column(kinds, "ClassLabel", "label", path)
+        named = getattr(features[self.label], "num_classes", None)
+        self.num_classes = int(named if named is not None else max(self.rows[self.label]) + 1)
+        self.side, self.sample_shape = side, (3, side, side)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        return square(row[self.image], self.side), int(row[self.label])
+
+
+def hub_images(config: DataConfig) -> HubImages:
+    """``data.name: hf_datasets``."""
+    return HubImages(str(config.path), pixel_side(config))
+
+
+def pixel_side(config: DataConfig) -> int:
+    """``data.image_size``, for a data set that has no size of its own.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    if config.image_size is None:
+        raise ConfigError(
+            f"data.image_size is empty with data.name {config.name}",
+            expected="the side of the images in pixels",
+            remedy="set it to the model's sample_size",
+        )
+    return config.image_size
+
+
+def _library() -> Any:
+    try:
+        return import_module("datasets")
+    except ImportError as problem:
+        raise ConfigError(
+            "data.name is hf_datasets and datasets is not installed", remedy="pip install datasets"
+        ) from problem
+
+
+def _column(kinds: Mapping[str, str], kind: str, usual: str, path: str | Path) -> str:
+    found = next((name for name, its in kinds.items() if its == kind), usual if usual in kinds else None)
+    if found is None:
+        raise DataError(f"{path} has the columns {', '.join(kinds)}", expected=f"one of type {kind}")
+    return found
+
+
+def square(image: Image.Image, side: int) -> Tensor:
+    """An image as training wants it, (3, side, side) float32 in [-1, 1]."""
+    pixels = np.array(centre_crop(image.convert("RGB"), side))
+    return to_signed(torch.from_numpy(pixels).permute(2, 0, 1))
