@@ -1,10 +1,10 @@
 """Cost of a training step of the dynamic model against the static one, and what gradient checkpointing saves.
 
-    python tools/bench_training.py                                   # DiT-B/2, batch 8; memory at batch 16
-    python tools/bench_training.py --preset DiT-S/8 --sample-size 16 --rounds 3 --out /tmp/try --memory-batch 4
+    python tools/bench_training.py                               # DiT-B/2, batch 8; memory at batch 16
+    python tools/bench_training.py --preset DiT-S/8 --rounds 3 --memory-batch 4 --out /tmp/try
 
-Whole steps are measured (draws, forward, backward, clipping, AdamW, EMA), all variants taking turns in one process,
-and compared within each round. Memory is the peak of a process of its own per variant. Writes
+Whole steps are measured (draws, forward, backward, clipping, AdamW, EMA), all variants taking turns in one
+process, and compared within each round. Memory is the peak of a process of its own per variant. Writes
 ``OUT/benchmarks_training.json`` and ``OUT/benchmarks_training.md``.
 """
 
@@ -140,7 +140,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Training: what a step costs", "",
         f"`{found['command']}`", "",
-        f"{found['preset']} at {found['sample_size']} × {found['sample_size']}, batch {found['batch']}, fp32, "
+        f"{found['preset']}, input of side {found['sample_size']}, batch {found['batch']}, fp32, "
         f"{found['device']}, {found['threads']} threads, torch {found['torch']}. Whole training steps; "
         f"{found['rounds']} rounds in turns; ratios within a round: median (quartiles).", "",
         "| step | ms | × static | promised |", "|---|---|---|---|",
@@ -156,7 +156,7 @@ def page(found: dict[str, Any]) -> str:
             "| gradient checkpointing | peak MiB | of it before the first step |", "|---|---|---|",
             f"| off | {plain['peak_mib']:.0f} | {plain['before_mib']:.0f} |",
             f"| on | {saving['peak_mib']:.0f} | {saving['before_mib']:.0f} |", "",
-            f"With checkpointing {found['memory']['ratio']:.1%} of without (promised: at most {MEMORY_LIMIT:.0%}).",
+            f"On is {found['memory']['ratio']:.1%} of off; promised: at most {MEMORY_LIMIT:.0%}.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,8 @@
 """Peak memory of loading a checkpoint: python tools/measure_loading.py --preset DiT-XL/2
 
-Writes a file of random weights of that size into a temporary folder, loads it in a fresh process and prints one
-line of JSON: bytes of the weights, and what the peak of resident memory rose by. Linux only (it reads /proc,
-which starts afresh with every process).
+Writes a file of random weights of that size into a temporary folder, loads it in a fresh process and prints
+one line of JSON: bytes of the weights, and what the peak of resident memory rose by. Linux only (it reads
+/proc, which starts afresh with every process).
 """
 
 from __future__ import annotations

@@ -40,6 +40,10 @@ def convert_checkpoint(
     sample_size: Annotated[
         str | None, typer.Option(help="Latent size, 32 or 32x64, for a .pt file that does not tell.")
     ] = None,
+    no_null_class: Annotated[
+        bool,
+        typer.Option("--no-null-class", help="The label table of a .pt file has no row for the null class."),
+    ] = False,
     allow_inexact: Annotated[
         bool,
         typer.Option("--allow-inexact", help="Write for diffusers although its timestep frequencies differ."),
@@ -54,7 +58,8 @@ def convert_checkpoint(
 
     found = stored_class(source)
     load = load_dydit if found == "DyDiT" else load_backbone
-    model = load(source, num_heads=num_heads, sample_size=size)
+    null_class = False if no_null_class else None
+    model = load(source, num_heads=num_heads, sample_size=size, null_class=null_class)
     layout = to or (Layout.dydit if found == "DyDiT" else Layout.public)
     note = _write(model, out, layout, allow_inexact)
     shape, parameters = model.shape, sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from dydit.adapters.registry import backbone_type
 from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import CheckpointError, ShapeError
-from dydit.models.checkpoints.config_file import check_arguments, read_config
+from dydit.models.checkpoints.config_file import check_arguments, check_asked, read_config
 from dydit.models.checkpoints.filling import load_model
 from dydit.models.checkpoints.locate import locate, open_weights
 from dydit.models.checkpoints.names import IDENTITY, expand
@@ -27,6 +27,7 @@ def load_dydit(
     *,
     num_heads: int | None = None,
     sample_size: int | Sequence[int] | None = None,
+    null_class: bool | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> DyDiT:
@@ -37,6 +38,8 @@ def load_dydit(
             ``model``), a folder written by ``save_pretrained``, or a Hub id.
         num_heads: attention heads of a public file of no published size.
         sample_size: latent size of a public file whose position embedding does not tell its grid.
+        null_class: whether the last row of a public file's label table is the null class; None = yes, as in
+            all published ones.
         dtype: convert the weights to it; None = as stored.
         revision: branch, tag or commit of a Hub id.
 
@@ -46,9 +49,13 @@ def load_dydit(
     """
     place = locate(path, revision)
     if place.is_dir():
-        return _load_folder(place, dtype)
+        model = _load_folder(place, dtype)
+        check_asked(
+            str(path), model.shape, num_heads=num_heads, sample_size=sample_size, null_class=null_class
+        )
+        return model
     source = open_weights(place)
-    backbone, routing = infer_dydit(source, num_heads, sample_size)
+    backbone, routing = infer_dydit(source, num_heads, sample_size, null_class)
     return load_model(
         lambda: DyDiT(
             backbone_class="DiT", backbone_config=backbone, dydit=DyDiTConfig(**routing).model_dump()
@@ -60,7 +67,10 @@ def load_dydit(
 
 
 def infer_dydit(
-    source: TensorSource, num_heads: int | None = None, sample_size: int | Sequence[int] | None = None
+    source: TensorSource,
+    num_heads: int | None = None,
+    sample_size: int | Sequence[int] | None = None,
+    null_class: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the backbone and fields of ``DyDiTConfig`` of a public file.
 
@@ -75,7 +85,7 @@ def infer_dydit(
         )
     if num_heads is None:
         num_heads = _told_heads(source)
-    backbone = infer_arguments(source, num_heads, sample_size)
+    backbone = infer_arguments(source, num_heads, sample_size, null_class)
     return backbone, infer_routing(source, backbone["num_heads"], backbone["hidden_size"])
 
 

@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 
 from dydit.errors import CheckpointError
 from dydit.models.checkpoints.class_table import with_classes
-from dydit.models.checkpoints.config_file import check_arguments, defaults_of, read_config
+from dydit.models.checkpoints.config_file import check_arguments, check_asked, defaults_of, read_config
 from dydit.models.checkpoints.diffusers_layout import COMPUTED, LEGACY_SETTINGS, TABLE, dit_arguments
 from dydit.models.checkpoints.filling import load_model
 from dydit.models.checkpoints.locate import locate, open_weights
@@ -29,6 +29,7 @@ def load_backbone(
     on_class_mismatch: str = "error",
     num_heads: int | None = None,
     sample_size: int | Sequence[int] | None = None,
+    null_class: bool | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> DiT:
@@ -43,6 +44,8 @@ def load_backbone(
             table, of which only the null class's row is kept (logged as a warning).
         num_heads: attention heads of a public file of no published size; it cannot be read off the tensors.
         sample_size: latent size of a public file whose position embedding does not tell its grid.
+        null_class: whether the last row of a public file's label table is the null class; None = yes, as in
+            all published ones.
         dtype: convert the weights to it; None = as stored.
         revision: branch, tag or commit of a Hub id.
 
@@ -52,10 +55,12 @@ def load_backbone(
     """
     place = locate(path, revision)
     if place.is_file():
-        model = _load_file(place, num_heads, sample_size, dtype)
+        model = _load_file(place, dtype, num_heads=num_heads, sample_size=sample_size, null_class=null_class)
     else:
         model = _load_folder(place, dtype)
-        _check_asked(str(path), model, num_heads, sample_size)
+        check_asked(
+            str(path), model.shape, num_heads=num_heads, sample_size=sample_size, null_class=null_class
+        )
     return model if num_classes is None else with_classes(model, num_classes, on_class_mismatch)
 
 
@@ -71,15 +76,13 @@ def stored_class(path: str | Path, revision: str | None = None) -> str:
     return "DyDiT" if has_routers(open_weights(place)) else "DiT"
 
 
-def _load_file(
-    place: Path, num_heads: int | None, sample_size: int | Sequence[int] | None, dtype: torch.dtype | None
-) -> DiT:
+def _load_file(place: Path, dtype: torch.dtype | None, **asked: Any) -> DiT:
     source = open_weights(place)
     if has_routers(source):
         raise CheckpointError(
             f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit"
         )
-    arguments = infer_arguments(source, num_heads, sample_size)
+    arguments = infer_arguments(source, **asked)
     return _load_dit(source, arguments, dtype)
 
 
@@ -145,15 +148,3 @@ _FOLDERS: dict[str, tuple[_ReadSettings, tuple[Row, ...], tuple[str, ...]]] = {
     "DiTTransformer2DModel": (_diffusers_settings, TABLE, COMPUTED),
     "Transformer2DModel": (_legacy_settings, TABLE, COMPUTED),
 }
-
-
-def _check_asked(
-    path: str, model: DiT, num_heads: int | None, sample_size: int | Sequence[int] | None
-) -> None:
-    """A folder states its numbers: one that was asked for is either the same or a mistake."""
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    for name, asked in (("num_heads", num_heads), ("sample_size", sides and tuple(sides))):
-        if asked is not None and asked != (found := getattr(model.shape, name)):
-            raise CheckpointError(
-                f"{name} {asked} asked of {path}", expected=f"{found}, as its config.json has"
-            )

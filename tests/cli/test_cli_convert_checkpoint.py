@@ -83,6 +83,14 @@ def test_mistakes(command: Any, public: Path, tmp_path: Path, blocked: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_without_a_null_class(command: Any, tmp_path: Path) -> None:
+    model = small_dit(null_class=False)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    words = ("convert-checkpoint", tmp_path / "a.pt", tmp_path / "out", "--num-heads", 4, "--no-null-class")
+    assert command(*words).status == 0
+    assert load_backbone(tmp_path / "out").shape == model.shape
+
+
 def test_a_size_that_the_file_does_not_tell(command: Any, tmp_path: Path) -> None:
     state = small_dit(sample_size=(4, 8)).state_dict()
     torch.save({**state, "pos_embed": torch.zeros_like(state["pos_embed"])}, tmp_path / "a.pt")

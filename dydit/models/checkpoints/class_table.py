@@ -45,16 +45,15 @@ def with_classes(model: DiT, num_classes: int, on_class_mismatch: str) -> DiT:
             expected=f"{num_classes}",
             remedy="ask for as many, or pass on_class_mismatch='drop' to start with a fresh label table",
         )
-    null = state[LABEL_TABLE][-1:]
-    fresh = torch.empty(num_classes, null.shape[1]).normal_(std=0.02).to(null)
+    stored = state[LABEL_TABLE]
+    fresh = torch.empty(num_classes, stored.shape[1]).normal_(std=0.02).to(stored)
+    kept = "only the null class's row is kept" if model.shape.null_class else "nothing is kept"
     logger.warning(
-        "label table of %d classes dropped: %d fresh rows, untrained; only the null class's row is kept",
-        found,
-        num_classes,
+        "label table of %d classes dropped: %d fresh rows, untrained; %s", found, num_classes, kept
     )
     with init_empty_weights():
         resized = DiT(**{**_arguments(model), "num_classes": num_classes})
-    resized.load_state_dict({**state, LABEL_TABLE: torch.cat([fresh, null])}, assign=True)
+    resized.load_state_dict({**state, LABEL_TABLE: torch.cat([fresh, stored[found:]])}, assign=True)
     return resized.train(model.training)
 
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dydit.errors import CheckpointError
 from dydit.models.checkpoints.sources import read_json
+from dydit.shapes import ModelShape
 
 CONFIG = "config.json"
 
@@ -65,6 +66,27 @@ def check_arguments(label: str, cls: type, arguments: Mapping[str, Any], max_dep
     for name in ("depth", "num_layers"):
         if arguments.get(name, 0) > max_depth:
             raise CheckpointError(f"{label}: {name} is {arguments[name]}, with {max_depth} tensors in all")
+
+
+def check_asked(label: str, shape: ModelShape, **asked: Any) -> None:
+    """A folder states its numbers: one that was asked for is either the same or a mistake.
+
+    Args:
+        label: the folder, for messages.
+        shape: of the model that was loaded.
+        asked: fields of the shape as they were asked for; None = as they are.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    for name, value in asked.items():
+        found = getattr(shape, name)
+        wanted = (value, value) if name == "sample_size" and isinstance(value, int) else value
+        wanted = tuple(wanted) if isinstance(wanted, list) else wanted
+        if wanted is not None and wanted != found:
+            raise CheckpointError(
+                f"{name} {wanted} asked of {label}", expected=f"{found}, as its config.json has"
+            )
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -151,6 +151,7 @@ def _other_function(model: DiT) -> str:
         f"its conditioning is {shape.conditioning}": shape.conditioning != "adaln_zero",
         f"its latents of {shape.sample_size} are not square": len(set(shape.sample_size)) > 1,
         f"its MLP is not {MLP_RATIO:g} times as wide": shape.mlp_hidden != MLP_RATIO * shape.hidden_size,
+        "it has no null class": not shape.null_class,
         "its position embedding is not the plain sine-cosine one": not _plain_positions(model),
     }
     return next((text for text, differs in differences.items() if differs), "")

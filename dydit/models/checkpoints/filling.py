@@ -157,8 +157,8 @@ def _read(source: TensorSource, name: str) -> Tensor:
         CheckpointError: it cannot be read, or holds NaN or infinity.
     """
     tensor = source.read(name)
-    # The extremes show NaN and infinity, and need no memory beside the tensor.
-    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+    # The extremes show NaN and infinity, and need no memory beside the tensor. A router may have no score.
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         count = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise CheckpointError(
             f"{source.label}: {count} values of tensor {name} are NaN or infinite",

@@ -20,7 +20,7 @@ from dydit.models.checkpoints.torch_files import TorchFile
 # Where a diffusers pipeline keeps its network.
 PIPELINE_FOLDER = "transformer"
 
-# What is fetched of a Hub repository, in its root or its pipeline's network; pickles only where there is no other.
+# What is fetched of a Hub repository, in its root or its pipeline's network; a pickle only for want of these.
 _HUB_FILES = (
     CONFIG,
     f"{WEIGHTS}.safetensors",

@@ -35,7 +35,10 @@ def is_dit(source: TensorSource) -> bool:
 
 
 def infer_arguments(
-    source: TensorSource, num_heads: int | None = None, sample_size: int | Sequence[int] | None = None
+    source: TensorSource,
+    num_heads: int | None = None,
+    sample_size: int | Sequence[int] | None = None,
+    null_class: bool | None = None,
 ) -> dict[str, Any]:
     """Constructor arguments of the ``DiT`` that the tensors of a public file belong to.
 
@@ -43,6 +46,7 @@ def infer_arguments(
         source: the tensors.
         num_heads: H; None = that of the published size with this width and depth.
         sample_size: latent size; None = that of the stored position embedding.
+        null_class: whether the label table's last row is the null class; None = yes, as published.
 
     Raises:
         CheckpointError: the tensors are no DiT's, or leave a number open.
@@ -53,7 +57,8 @@ def infer_arguments(
             expected="names such as x_embedder.proj.weight and blocks.0.attn.qkv.weight",
         )
     hidden_size, in_channels, patch_size, _ = shape_of(source, "x_embedder.proj.weight", 4)
-    depth = _depth(source)
+    depth, labels = _depth(source), shape_of(source, "y_embedder.embedding_table.weight", 2)[0]
+    null_class = null_class is not False
     return {
         "sample_size": _sample_size(source, hidden_size, patch_size, sample_size),
         "patch_size": patch_size,
@@ -62,22 +67,23 @@ def infer_arguments(
         "depth": depth,
         "num_heads": published_heads(source, hidden_size, depth) if num_heads is None else num_heads,
         "mlp_ratio": _ratio(shape_of(source, "blocks.0.mlp.fc1.weight", 2)[0], hidden_size),
-        "num_classes": shape_of(source, "y_embedder.embedding_table.weight", 2)[0] - 1,
+        "num_classes": labels - int(null_class),
+        "null_class": null_class,
         "learn_sigma": _learn_sigma(source, in_channels, patch_size),
         "conditioning": _conditioning(source, hidden_size),
     }
 
 
-def shape_of(source: TensorSource, name: str, dimensions: int) -> tuple[int, ...]:
+def shape_of(source: TensorSource, name: str, dimensions: int, smallest: int = 1) -> tuple[int, ...]:
     """The shape of a tensor that must be there.
 
     Raises:
-        CheckpointError: it is not, or has another number of dimensions or none of a size.
+        CheckpointError: it is not, or has another number of dimensions, or one below ``smallest``.
     """
     if name not in source.facts:
         raise CheckpointError(f"{source.label} lacks tensor {name}")
     shape = source.facts[name].shape
-    if len(shape) != dimensions or 0 in shape:
+    if len(shape) != dimensions or min(shape) < smallest:
         raise CheckpointError(
             f"{source.label}: tensor {name} of shape {shape}", expected=f"{dimensions} sizes"
         )

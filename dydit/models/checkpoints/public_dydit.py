@@ -35,10 +35,10 @@ def has_routers(source: TensorSource) -> bool:
 
 def head_candidates(source: TensorSource, hidden_size: int) -> set[int]:
     """Numbers of heads H that the head router's scores, H or H−1 of them, leave possible."""
-    if _HEADS not in source.facts:
+    scores = _scores(source, _HEADS)
+    if scores is None:
         return set()
-    scores = shape_of(source, _HEADS, 2)[0]
-    return {heads for heads in (scores, scores + 1) if hidden_size % heads == 0}
+    return {heads for heads in (scores, scores + 1) if heads and hidden_size % heads == 0}
 
 
 def infer_routing(source: TensorSource, num_heads: int, hidden_size: int) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def infer_routing(source: TensorSource, num_heads: int, hidden_size: int) -> dic
 
 
 def _scores(source: TensorSource, name: str) -> int | None:
-    return shape_of(source, name, 2)[0] if name in source.facts else None
+    """Scores of a router, None where there is none; 0 where all it could switch is always on."""
+    return shape_of(source, name, 2, smallest=0)[0] if name in source.facts else None
 
 
 def _always_on(source: TensorSource, num_heads: int, scores: int | None) -> bool:

@@ -169,6 +169,7 @@ def test_a_damaged_config(folder: Path, changes: dict[str, Any], seen: str) -> N
     [
         ({"conditioning": "adaln"}, "its conditioning is adaln"),
         ({"sample_size": (8, 4)}, r"its latents of \(8, 4\) are not square"),
+        ({"null_class": False}, "it has no null class"),
         ({"mlp_ratio": 3.0}, "its MLP is not 4 times as wide"),
     ],
 )

@@ -72,6 +72,15 @@ def test_heads_are_told_by_the_routers_where_they_can(tmp_path: Path) -> None:
     assert loaded.shape.num_heads == 8 and loaded.routing_config.always_on
 
 
+def test_one_head_and_one_group_that_are_always_on(tmp_path: Path) -> None:
+    model = small_dydit(mixed=False, num_heads=1)
+    state = public_state(model)
+    assert state["blocks.0.attn_rate.router.weight"].shape == (0, 32)
+    model.save_pretrained(tmp_path / "folder")
+    for loaded in (load_dydit(save_pt(tmp_path / "a.pt", state)), load_dydit(tmp_path / "folder")):
+        assert loaded.shape == model.shape and loaded.routing_config.always_on
+
+
 def test_scores_of_neither_release(tmp_path: Path) -> None:
     path = save_pt(tmp_path / "a.pt", public_state(small_dydit(mixed=False)))
     with pytest.raises(

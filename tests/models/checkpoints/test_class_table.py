@@ -68,6 +68,21 @@ def test_files_and_diffusers_folders_too(tmp_path: Path) -> None:
     assert model.shape.num_classes == 2 and model.config.frequency_shift == 1.0
 
 
+def test_a_model_without_a_null_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_dit(**TINY, null_class=False)
+    path = save_pt(tmp_path / "a.pt", model.state_dict())
+    assert same_weights(load_backbone(path, num_heads=2, null_class=False, num_classes=3), model)
+    assert load_backbone(path, num_heads=2).shape.num_classes == 2  # as published files mean it
+    with caplog.at_level(logging.WARNING, logger="dydit"):
+        resized = load_backbone(path, num_heads=2, null_class=False, num_classes=5, on_class_mismatch="drop")
+    assert resized.state_dict()[LABEL_TABLE].shape == (5, 16) and resized.null_label is None
+    assert "nothing is kept" in caplog.text
+    model.save_pretrained(tmp_path / "folder")
+    assert load_backbone(tmp_path / "folder").shape == model.shape
+    with pytest.raises(CheckpointError, match="null_class True asked of .*; expected False"):
+        load_backbone(tmp_path / "folder", null_class=True)
+
+
 def test_text_has_no_classes() -> None:
     with pytest.raises(CheckpointError, match="conditioned on text"):
         with_classes(small_dit(conditioning="adaln_single"), 7, "drop")
