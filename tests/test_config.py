@@ -310,11 +310,3 @@ def test_the_backbone_is_found_beside_the_package(
 def test_no_torch_is_imported() -> None:
     code = "import sys, dydit.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_shipped_configs_load_and_open_with_their_command(path: Path) -> None:
-    config = load_config(path)
-    assert path.read_text().splitlines()[0] == f"# dydit {config.task} configs/{path.name}"

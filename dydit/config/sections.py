@@ -133,8 +133,8 @@ class DataConfig(Section):
     name: Literal["digits", "shapes", "image_folder", "latents", "hf_datasets", "webdataset"] = Field(
         default="digits",
         description=(
-            "digits (built in), shapes (drawn as needed), image_folder (one folder per class), latents (cached "
-            "by `encode`), hf_datasets (a saved folder of that library) or webdataset (a folder of tar shards)"
+            "digits (built in), shapes (drawn as needed), image_folder (one folder per class), latents "
+            "(cached by `encode`), hf_datasets (a folder of that library) or webdataset (tar shards)"
         ),
     )
     path: PathText | None = Field(
@@ -275,7 +275,7 @@ class GatesConfig(Section):
     decisiveness: float = Field(
         default=0.0,
         ge=0,
-        description="weight of the mean of 4·p·(1 − p) over all gates, p the probability of being open; 0: off",
+        description="weight of the mean of 4·p·(1 − p) over all gates, p the chance of being open; 0: off",
     )
     decisiveness_start: int = Field(default=0, ge=0, description="first step of the decisiveness term")
     decisiveness_ramp: int = Field(default=0, ge=0, description="steps over which its weight rises from 0")

@@ -1,7 +1,8 @@
 """The random number generators of one process as plain data: taken, put back, scoped.
 
-A step's own draws (timesteps, noise, dropped labels) are a pure function of seed and step (``batch.py``);
-what is left to the global generators is the Gumbel noise of the gates, so their state is in the checkpoint.
+A step's own draws (timesteps, noise, dropped labels, the gates' noise) are a pure function of seed and step
+(``batch.py``). What a backbone or a data set draws besides, dropout say, comes from the global generators, so
+their state is in the checkpoint.
 """
 
 from __future__ import annotations

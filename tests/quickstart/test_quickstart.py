@@ -10,26 +10,33 @@ import pytest
 from report.browser import check_page, open_browser
 
 from dydit.cli.app import main
+from dydit.config import find_path
 from dydit.errors import OutputError
 from dydit.export.schedule import SubnetSchedule
-from dydit.quickstart import measure, run_quickstart
+from dydit.quickstart import measure, run, run_quickstart
 from dydit.quickstart.run import recipe
 from dydit.report.storage import load_summary
 
 STEPS = 6
+SAMPLING = "name: ddim\n  steps: 20"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs of the same command line, small."""
+    """Two runs of the same command line, with few images and sampling steps."""
+    config = tmp_path_factory.mktemp("recipe") / "digits.yaml"
+    text = Path(find_path(run.CONFIG)).read_text()
+    assert SAMPLING in text
+    config.write_text(text.replace(SAMPLING, "name: ddim\n  steps: 6"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CONFIG", str(config))
         patch.setattr(measure, "BATCH", 10)
         patch.setattr(measure, "QUALITY_SAMPLES", 100)
         patch.setattr(measure, "TIMING_ROUNDS", 2)
         runs = [tmp_path_factory.mktemp("quickstart") / name for name in ("first", "again")]
         for folder in runs:
-            line = ["quickstart", f"--steps={STEPS}", f"--out={folder}", "--ratio=0.6", "--seed=3", "--control"]
-            assert main(line) == 0
+            options = [f"--steps={STEPS}", f"--out={folder}", "--ratio=0.6", "--seed=3", "--control"]
+            assert main(["quickstart", *options]) == 0
         return runs
 
 

@@ -22,7 +22,7 @@ STEPS, TARGET = 30, 0.5
 
 
 def finetuned(design: str) -> tuple[DyDiT, Tensor, Tensor, list[float]]:
-    """A converted model of a design after a few steps of fine-tuning, its data, and the compute at each step."""
+    """A converted model of a design after some fine-tuning, its data, and the compute at each step."""
     torch.manual_seed(0)
     backbone = small_dit(conditioning=design)
     model = convert(backbone, DyDiTConfig(open_bias=2.0, token_open_bias=2.0, temperature=1.0)).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import tempfile
@@ -117,8 +118,14 @@ def rearranged(draw: st.DrawFn, state: dict[str, torch.Tensor]) -> dict[str, tor
         elif change == "add":
             state[draw(NAMES)] = draw(TENSORS).clone()
         elif change == "reshape":
-            state[name] = draw(st.sampled_from((tensor.flatten(), tensor[None], tensor[..., :-1], tensor.mT if
-                                                tensor.ndim > 1 else tensor[:0]))).contiguous()  # fmt: skip
+            shapes = (
+                tensor.flatten(),
+                tensor[None],
+                tensor.flatten()[:-1],
+                tensor.reshape(1, -1),
+                tensor.permute(tuple(range(tensor.ndim))[::-1]),
+            )
+            state[name] = draw(st.sampled_from(shapes)).contiguous()
         elif change == "convert":
             state[name] = tensor.to(
                 draw(st.sampled_from((torch.float16, torch.float64, torch.int8, torch.bool)))
@@ -148,9 +155,9 @@ def altered(draw: st.DrawFn, config: dict[str, Any]) -> dict[str, Any]:
         if change == "drop" and len(section) > 1:
             del section[key]
         elif change == "add":
-            section[key + "x"] = draw(VALUES)
+            section[key + "x"] = copy.deepcopy(draw(VALUES))
         else:
-            section[key] = draw(VALUES)
+            section[key] = copy.deepcopy(draw(VALUES))
     return config
 
 
