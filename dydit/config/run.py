@@ -42,6 +42,13 @@ class RunConfig(Section):
             "looked up in the working directory, then beside the package"
         ),
     )
+    on_class_mismatch: Literal["keep", "drop"] = Field(
+        default="keep",
+        description=(
+            "where the backbone has another number of classes than the data, finetune only: keep its label "
+            "table, which must be large enough, or drop it for a fresh one (the null class stays)"
+        ),
+    )
     dydit: DyDiTConfig = Field(default=DyDiTConfig(), description="what becomes dynamic")
     data: DataConfig = Field(default=DataConfig(), description="training samples")
     objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="training loss")

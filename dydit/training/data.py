@@ -110,7 +110,7 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
         raise DataError(
             f"the data set has {dataset.num_classes} classes",
             expected=f"at most the model's {shape.num_classes}",
-            remedy="train a model with more classes",
+            remedy="set on_class_mismatch=drop for a fresh label table, or train a model with more classes",
         )
 
 

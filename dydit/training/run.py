@@ -38,25 +38,29 @@ def run_training(
         OutputError: the run folder cannot be written, or holds a run already.
         TrainingError: the loss stayed non-finite.
     """
+    dataset = make_dataset(cfg.data)
     with scoped_rng():
         set_seed(cfg.seed)
-        model, backbone = build_model(cfg)
-    dataset = make_dataset(cfg.data)
+        model, backbone = build_model(cfg, dataset.num_classes)
     if dry_run:
         print(describe(model, cfg))
         return _try_one_step(model, cfg, dataset, backbone)
     return train(model, cfg, dataset, frozen_backbone=backbone, resume=resume, on_step=callback)
 
 
-def build_model(cfg: RunConfig) -> tuple[Any, Any]:
-    """The model to train, and the backbone it was converted from (None for pretrain)."""
+def build_model(cfg: RunConfig, num_classes: int) -> tuple[Any, Any]:
+    """The model to train on ``num_classes`` classes, and the backbone it was converted from.
+
+    The backbone is None for pretrain, and where no loss needs it.
+    """
     if cfg.task == "pretrain":
         assert cfg.model is not None  # RunConfig refuses pretrain without it
         arguments = cfg.model.dit_arguments()
         preset = cfg.model.preset
         return (DiT(**arguments) if preset is None else DiT.from_preset(preset, **arguments)), None
     assert cfg.backbone is not None
-    backbone = load_backbone(cfg.backbone)
+    wanted = num_classes if cfg.on_class_mismatch == "drop" else None
+    backbone = load_backbone(cfg.backbone, num_classes=wanted, on_class_mismatch="drop")
     distils = cfg.warmup.mode == "distill" and cfg.warmup.steps > 0
     return convert(backbone, cfg.dydit, copy=distils), backbone if distils else None
 

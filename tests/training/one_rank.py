@@ -32,8 +32,9 @@ def whole(tensor: Tensor) -> Tensor:
 def observe(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
     """A few steps: losses, the first step's gates and gradients, the last weights and averages."""
     set_seed(cfg.seed)  # the routers' first weights, the same on every process
-    model, backbone = build_model(cfg)
-    trainer = Trainer(model, cfg, make_dataset(cfg.data), backbone)
+    dataset = make_dataset(cfg.data)
+    model, backbone = build_model(cfg, dataset.num_classes)
+    trainer = Trainer(model, cfg, dataset, backbone)
     gates, ratio = [], trainer.branches.ratio
 
     def watch(routing: Any) -> Tensor:

@@ -141,8 +141,9 @@ def test_a_checkpoint_of_two_processes_continues_as_one(runs: dict[str, dict[str
     checkpoint = find_checkpoint(out / kind, "auto")
     assert checkpoint is not None
     cfg = settings(configs(checkpoint_backbone(checkpoint), out), 16)
-    model, _ = build_model(cfg)
-    trainer = Trainer(model, cfg, make_dataset(cfg.data))
+    dataset = make_dataset(cfg.data)
+    model, _ = build_model(cfg, dataset.num_classes)
+    trainer = Trainer(model, cfg, dataset)
     trainer.load(load_checkpoint(checkpoint))
     trainer.step()
     assert trainer.metrics() == pytest.approx(runs["one"]["records"][-1], rel=1e-4, abs=1e-7)
