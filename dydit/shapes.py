@@ -107,6 +107,11 @@ class ModelShape:
         return self.mlp_hidden // self.mlp_groups
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the label is text tokens (M, context_dim) in place of a class."""
+        return self.conditioning == "adaln_single"
+
+    @property
     def learn_sigma(self) -> bool:
         """Whether the output holds covariance channels behind the noise prediction."""
         return self.out_channels == 2 * self.in_channels

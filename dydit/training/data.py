@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,14 +25,17 @@ DIGITS_HALF_RANGE = 8.0  # grey levels are 0..16, so value / 8 - 1 lies in [-1, 
 
 
 class LabelledImages(Protocol):
-    """What the trainer needs of a data set; item i is (image (C, H, W) float32 in [-1, 1], label)."""
+    """What the trainer needs of a data set; item i is (image (C, H, W) float32 in [-1, 1], label).
+
+    For a model that takes text the label is its tokens (M, context_dim), and ``num_classes`` is 0.
+    """
 
     num_classes: int
     sample_shape: tuple[int, int, int]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
 
 
 class Digits:
@@ -95,7 +98,8 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
     """Refuse a data set that the model cannot be trained on.
 
     Raises:
-        DataError: it is empty, its images have another shape, or it has more classes than the model.
+        DataError: it is empty, its images have another shape, it has more classes than the model, or
+            classes for a model that takes text.
     """
     expected = (shape.in_channels, *shape.sample_size)
     if len(dataset) == 0:
@@ -106,6 +110,11 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
             expected=f"the model's {expected}",
             remedy="set data.image_size, or train another model",
         )
+    if shape.takes_text and dataset.num_classes:
+        raise DataError(
+            f"the data set has {dataset.num_classes} classes",
+            expected=f"text tokens ({shape.context_length}, {shape.context_dim}), which the model takes",
+        )
     if dataset.num_classes > shape.num_classes:
         raise DataError(
             f"the data set has {dataset.num_classes} classes",
@@ -115,7 +124,7 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64."""
+    """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64, or text tokens (B, M, context_dim)."""
 
     images: Tensor
     labels: Tensor
@@ -128,32 +137,31 @@ class CheckedSamples(Dataset):
     With ``skip_bad`` the next good sample takes the place of a bad one.
     """
 
-    def __init__(self, dataset: LabelledImages, num_classes: int, skip_bad: bool = False) -> None:
+    def __init__(self, dataset: LabelledImages, shape: ModelShape, skip_bad: bool = False) -> None:
         self.dataset = dataset
-        self.num_classes = num_classes
+        self.shape = shape
         self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any] | DataError:
         tries = len(self) if self.skip_bad else 1
-        result: tuple[Tensor, int] | DataError = DataError("the data set has no samples")
+        result: tuple[Tensor, Any] | DataError = DataError("the data set has no samples")
         for offset in range(tries):
             result = self._checked((index + offset) % len(self))
             if not isinstance(result, DataError):
                 return result
         return result
 
-    def _checked(self, index: int) -> tuple[Tensor, int] | DataError:
+    def _checked(self, index: int) -> tuple[Tensor, Any] | DataError:
         remedy = "repair it, or set data.on_bad=skip"
         try:
             image, label = self.dataset[index]
         except (OSError, ValueError) as problem:
             return DataError(f"sample {index} cannot be read: {problem}", remedy=remedy)
-        if not 0 <= label < self.num_classes:
-            wanted = f"0 to {self.num_classes - 1}"
-            return DataError(f"sample {index} has label {label}", expected=wanted, remedy=remedy)
+        if bad := _bad_label(label, self.shape):
+            return DataError(f"sample {index} has {bad[0]}", expected=bad[1], remedy=remedy)
         if tuple(image.shape) != self.dataset.sample_shape:
             wanted = f"shape {self.dataset.sample_shape}"
             return DataError(f"sample {index} has shape {tuple(image.shape)}", expected=wanted, remedy=remedy)
@@ -162,14 +170,27 @@ class CheckedSamples(Dataset):
         return image, label
 
 
-def collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
+def _bad_label(label: Any, shape: ModelShape) -> tuple[str, str] | None:
+    """What is wrong with a label, and what was expected; None for a good one."""
+    if not shape.takes_text:
+        wanted = f"0 to {shape.num_classes - 1}"
+        return None if 0 <= label < shape.num_classes else (f"label {label}", wanted)
+    expected = (shape.context_length, shape.context_dim)
+    if not isinstance(label, Tensor) or tuple(label.shape) != expected:
+        seen = tuple(label.shape) if isinstance(label, Tensor) else label
+        return f"text of shape {seen}", f"tokens {expected}"
+    return None if label.isfinite().all() else ("text with values that are not finite", "finite tokens")
+
+
+def collate(samples: list[tuple[Tensor, Any] | DataError]) -> Batch | DataError:
     """Stack samples to a ``Batch``; the first error, if there is one, stands for all."""
-    good: list[tuple[Tensor, int]] = []
+    good: list[tuple[Tensor, Any]] = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
         good.append(sample)
-    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]))
+    labels = [torch.as_tensor(label) for _, label in good]
+    return Batch(torch.stack([image for image, _ in good]), torch.stack(labels))
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -224,7 +245,7 @@ def batches(
         DataError: a sample is unreadable or its label lies outside the model's table (``on_bad`` raise).
     """
     loader = DataLoader(
-        CheckedSamples(dataset, shape.num_classes, skip_bad=config.on_bad == "skip"),
+        CheckedSamples(dataset, shape, skip_bad=config.on_bad == "skip"),
         batch_sampler=ResumableBatches(len(dataset), seed, config.batch_size, rank, world, position),
         num_workers=config.num_workers,
         collate_fn=collate,
