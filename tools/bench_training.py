@@ -1,7 +1,7 @@
 """Cost of a training step of the dynamic model against the static one, and what gradient checkpointing saves.
 
     python tools/bench_training.py                               # DiT-B/2, batch 8; memory at batch 16
-    python tools/bench_training.py --preset DiT-S/8 --rounds 3 --memory-batch 4 --out /tmp/try
+    python tools/bench_training.py --preset DiT-S/8 --rounds 3 --memory-batch 4 --out runs/try
 
 Whole steps are measured (draws, forward, backward, clipping, AdamW, EMA), all variants taking turns in one
 process, and compared within each round. Memory is the peak of a process of its own per variant. Writes
