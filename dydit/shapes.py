@@ -75,7 +75,7 @@ class ModelShape:
             raise ShapeError(
                 f"conditioning {self.conditioning!r}", expected="one of " + ", ".join(CONDITIONINGS)
             )
-        if self.conditioning == "adaln_single":
+        if self.takes_text:
             _check_positive("context_dim", self.context_dim)
             _check_positive("context_length", self.context_length)
 

@@ -49,7 +49,7 @@ def noise_inputs(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, shape.in_channels, *shape.sample_size, generator=generator)
     y = torch.zeros(1, dtype=torch.long)
-    if shape.conditioning == "adaln_single":
+    if shape.takes_text:
         y = torch.randn(1, shape.context_length, shape.context_dim, generator=generator).to(dtype)
     return x.to(device, dtype), y.to(device)
 
