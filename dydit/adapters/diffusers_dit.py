@@ -91,7 +91,9 @@ class DiffusersDiTAdapter:
         sinusoid = _sinusoid(model, batch_timesteps(t, x))
         timestep = _timestep(_embedder(model), sinusoid)  # (B, D)
         vector = timestep + _embedder(model).class_embedder.embedding_table(y)
-        return model.pos_embed(x), PerBlockConditioning(timestep, vector, sinusoid=sinusoid, labels=y)
+        # Patches come out channels first, and every later layer would copy its input into rows.
+        tokens = model.pos_embed(x).contiguous()
+        return tokens, PerBlockConditioning(timestep, vector, sinusoid=sinusoid, labels=y)
 
     def decode(self, model: DiTTransformer2DModel, tokens: Tensor, cond: Conditioning) -> Tensor:
         assert cond.vector is not None

@@ -174,7 +174,8 @@ class DiT(ModelMixin, ConfigMixin):
     def embed(self, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
         """Latents, timesteps and labels to tokens (B, N, D) and the conditioning of the blocks."""
         check_latent(x, self.shape)
-        tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
+        # Patches come out channels first, and every later layer would copy its input into rows.
+        tokens = (self.x_embedder(x) + self.pos_embed.to(x.dtype)).contiguous()
         timestep = self.t_embedder(batch_timesteps(t, x))  # (B, D)
         if self.shape.conditioning == "adaln_single":
             shared = self.t_block(timestep).unflatten(1, (6, -1))  # (B, 6, D)
