@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from dydit.adapters.registry import adapter_for, build_backbone
 from dydit.config import DyDiTConfig
 from dydit.costs import ROUTERS
 from dydit.dynamic.masked import masked_block
+from dydit.errors import ConfigError, ShapeError
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
 from dydit.routing.gates import GateNoise
@@ -32,6 +33,7 @@ class _GateArguments:
         groups: gates (B, L, G); None = all on.
         tokens: gates (B, L, N) to use; None: the token routers decide.
         noise: for their decision in training.
+        capacities: tokens that each block takes, in place of their threshold (L,).
         complete: everything on.
     """
 
@@ -39,6 +41,7 @@ class _GateArguments:
     groups: Tensor | None = None
     tokens: Tensor | None = None
     noise: GateNoise | None = None
+    capacities: Sequence[int] | None = None
     complete: bool = False
 
     def of_block(self, i: int) -> tuple[Any, ...]:
@@ -48,6 +51,8 @@ class _GateArguments:
         assert self.heads is not None and self.groups is not None
         tokens = None if self.tokens is None else self.tokens[:, i]
         gates = (self.heads[:, i], self.groups[:, i], tokens, False)
+        if self.capacities is not None:
+            return *gates, None, None, self.capacities[i]
         return gates if self.noise is None else (*gates, self.noise.tokens[:, i], self.noise.temperature)
 
 
@@ -70,11 +75,11 @@ class DynamicBlock(nn.Module):
         complete: bool,
         noise: Tensor | None = None,
         temperature: Tensor | float | None = None,
+        capacity: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See ``masked_block``."""
-        return masked_block(
-            adapter, block, self.routers, x, cond, heads, groups, tokens, complete, noise, temperature
-        )
+        gates = (heads, groups, tokens, complete, noise, temperature, capacity)
+        return masked_block(adapter, block, self.routers, x, cond, *gates)
 
 
 class DyDiT(ModelMixin, ConfigMixin):
@@ -123,6 +128,22 @@ class DyDiT(ModelMixin, ConfigMixin):
         """The routers of each block."""
         return [cast(DynamicBlock, block).routers for block in self.dynamic_blocks]
 
+    def set_thresholds(self, width: float, tokens: float) -> None:
+        """Change, in place, the scores above which gates are open in evaluation.
+
+        Args:
+            width: for heads and groups, between 0 and 1.
+            tokens: for tokens, between 0 and 1.
+
+        Raises:
+            ConfigError: a threshold is out of range.
+        """
+        fields = {**self.routing_config.model_dump(), "threshold": width, "token_threshold": tokens}
+        self.routing_config = DyDiTConfig(**fields)
+        self.register_to_config(dydit=self.routing_config.model_dump())  # what save_pretrained writes
+        for routers in self.routers:
+            routers.config = self.routing_config
+
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of all routers."""
         return (p for block in self.dynamic_blocks for p in block.parameters())
@@ -141,6 +162,7 @@ class DyDiT(ModelMixin, ConfigMixin):
         return_routing: bool = False,
         routing: Routing | None = None,
         noise: GateNoise | None = None,
+        capacities: Sequence[int] | None = None,
     ) -> Any:
         """Predict the noise of latents x (B, C, height, width) as the backbone does.
 
@@ -151,14 +173,19 @@ class DyDiT(ModelMixin, ConfigMixin):
             routing: gates to use in place of the routers' decisions.
             noise: noise and temperature of the gates in training mode; None: drawn from torch's global
                 generator, at the config's temperature.
+            capacities: number of tokens (L,) that each block's MLP takes of every sample, highest scores
+                first, in place of those above the threshold; in evaluation mode only.
 
         Returns:
             The prediction (B, C_out, height, width), or (prediction, Routing).
 
         Raises:
-            ShapeError: latent or routing of the wrong shape.
+            ShapeError: latent, routing or capacities of the wrong shape.
+            ConfigError: capacities in training mode, or together with other gates.
             DataError: a label lies outside the table.
         """
+        if capacities is not None:
+            self._check_capacities(capacities, gates_given=complete or routing is not None)
         tokens, cond = self.adapter.embed(self.backbone, x, t, y)
         if complete:
             run = _GateArguments(complete=True)
@@ -171,7 +198,7 @@ class DyDiT(ModelMixin, ConfigMixin):
         else:
             logits = self.width_logits(cond.timestep)
             heads, groups = self._width_gates(logits, noise)
-            run = _GateArguments(heads, groups, noise=noise)
+            run = _GateArguments(heads, groups, noise=noise, capacities=capacities)
         kept: list[Any] = []  # gates (B, N) and logits (B, N) per block; None where complete
         for i, (dynamic, block) in enumerate(zip(self.dynamic_blocks, self._blocks(), strict=True)):
             tokens, *keep = self._run_block(dynamic, block, tokens, cond, *run.of_block(i))
@@ -199,11 +226,11 @@ class DyDiT(ModelMixin, ConfigMixin):
 
     def _width_gates(self, logits: tuple[Tensor, Tensor], noise: GateNoise | None) -> tuple[Tensor, Tensor]:
         """All blocks' gates at once: a few operations instead of a few per block."""
-        gate, threshold = self.routers[0].gate, self.routing_config.threshold
+        gate = self.routers[0].width_gate
         if noise is None:
-            return gate(logits[0], threshold), gate(logits[1], threshold)
-        heads = gate(logits[0], threshold, noise.heads, noise.temperature)
-        return heads, gate(logits[1], threshold, noise.groups, noise.temperature)
+            return gate(logits[0]), gate(logits[1])
+        heads = gate(logits[0], noise.heads, noise.temperature)
+        return heads, gate(logits[1], noise.groups, noise.temperature)
 
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
@@ -215,6 +242,20 @@ class DyDiT(ModelMixin, ConfigMixin):
 
     def _blocks(self) -> nn.ModuleList:
         return self.adapter.blocks(self.backbone)
+
+    def _check_capacities(self, capacities: Sequence[int], gates_given: bool) -> None:
+        N, L = self.shape.tokens, self.shape.depth
+        if self.training or gates_given:
+            raise ConfigError(
+                "capacities in training mode" if self.training else "capacities together with other gates",
+                expected="evaluation mode, and the routers to decide which tokens",
+                remedy="call eval() on the model, and give neither complete nor routing",
+            )
+        least = 0 if self.routing_config.token_routing else N  # without scores no token comes first
+        if len(capacities) != L or not all(least <= k <= N for k in capacities):
+            raise ShapeError(
+                f"capacities {list(capacities)}", expected=f"{L} numbers of tokens, {least} to {N} each"
+            )
 
     def _run_block(self, dynamic: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from torch import Tensor
 from dydit.adapters.base import Adapter, AttentionParts, MlpParts
 from dydit.models.blocks import Conditioning, add_gated, modulate
 from dydit.routing.routers import BlockRouters
+from dydit.routing.tokens import top_gates
 
 
 def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> Tensor:
@@ -51,6 +52,7 @@ def masked_block(
     complete: bool = False,
     noise: Tensor | None = None,
     temperature: Tensor | float | None = None,
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run one block on tokens x (B, N, D).
 
@@ -59,6 +61,8 @@ def masked_block(
         tokens: gates (B, N) to use; None lets the token router decide.
         complete: ignore the token router; every token enters the MLP.
         noise, temperature: for the token gates in training (see ``BlockRouters.gate``).
+        capacity: tokens of each sample that enter the MLP, highest scores first, in place of those above the
+            threshold.
 
     Returns:
         The tokens (B, N, D); the token gates (B, N) that were used, None when complete; and the token
@@ -73,7 +77,10 @@ def masked_block(
     logits = None
     if not complete and tokens is None:
         logits = routers.token_logits(x)
-        tokens = routers.gate(logits, routers.config.token_threshold, noise, temperature)
+        if capacity is None:
+            tokens = routers.gate(logits, routers.config.token_threshold, noise, temperature)
+        else:
+            tokens = top_gates(logits, capacity)
     update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), groups)
     if tokens is not None:
         update = update * tokens.unsqueeze(-1)

@@ -38,6 +38,11 @@ class SubnetSchedule:
         routing: how the model routes; its token threshold is part of the subnetwork.
         weights: sha256 of the weights the schedule was made from.
         sampler: settings of the sampler, for the record and for ``dydit sample``.
+        capacities: tokens per sample that enter the MLP in capacity mode, int32 (S, L); None: not chosen.
+        calibration: how thresholds and capacities were found, plain JSON values; empty: not searched.
+
+    Raises:
+        ScheduleError: the capacities do not fit.
     """
 
     timesteps: tuple[float, ...]
@@ -48,15 +53,29 @@ class SubnetSchedule:
     routing: DyDiTConfig
     weights: str
     sampler: dict[str, Any] = field(default_factory=dict)
+    capacities: np.ndarray | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.capacities is not None:
+            _check_capacities(self.capacities, len(self.timesteps), self.shape, self.routing)
 
     @classmethod
     def from_model(
-        cls, model: DyDiT, timesteps: Sequence[float] | torch.Tensor, sampler: dict[str, Any] | None = None
+        cls,
+        model: DyDiT,
+        timesteps: Sequence[float] | torch.Tensor,
+        sampler: dict[str, Any] | None = None,
+        capacities: np.ndarray | None = None,
+        calibration: dict[str, Any] | None = None,
     ) -> SubnetSchedule:
         """Read the subnetworks of ``model`` at ``timesteps`` (S,) off its width routers.
 
+        Args:
+            sampler, capacities, calibration: kept as they are (see the attributes).
+
         Raises:
-            ScheduleError: no timestep, or one twice.
+            ScheduleError: no timestep, or one twice, or capacities that do not fit.
         """
         steps = [float(t) for t in timesteps]
         distinct_steps = {_key(t) for t in steps}
@@ -78,6 +97,8 @@ class SubnetSchedule:
             routing=model.routing_config,
             weights=weights_sha256(model),
             sampler=dict(sampler or {}),
+            capacities=None if capacities is None else _as_int32(capacities),
+            calibration=dict(calibration or {}),
         )
 
     @property
@@ -94,6 +115,15 @@ class SubnetSchedule:
     def subnetworks_by_block(self) -> tuple[int, ...]:
         """Number of distinct subnetworks of each block (L,)."""
         return tuple(len(np.unique(self.rows[:, block])) for block in range(self.shape.depth))
+
+    @cached_property
+    def view_share(self) -> float:
+        """Share of (timestep, block) pairs whose active heads and active groups are one run each, or none.
+
+        Their slices are views of the weights: nothing is copied.
+        """
+        is_view = _is_one_run(self.head_rows) & _is_one_run(self.group_rows)  # (U,)
+        return float(is_view[self.rows].mean())
 
     def index_of(self, timestep: float) -> int:
         """Position of a timestep in the schedule.
@@ -114,7 +144,8 @@ class SubnetSchedule:
         """MACs per sample at each timestep (S,), as the engine executes them.
 
         Args:
-            kept_tokens: mean number of kept tokens (S, L); None = all of them, the upper bound.
+            kept_tokens: mean number of kept tokens (S, L), ``capacities`` for capacity mode; None = all of
+                them, the upper bound.
         """
         tokens = self.shape.tokens if kept_tokens is None else kept_tokens
         cost = deployed_cost(self.shape, self.routing)
@@ -127,15 +158,14 @@ class SubnetSchedule:
         Raises:
             OutputError: the folder cannot be written.
         """
-        write_artefact(
-            folder,
-            {
-                "head_rows": np.packbits(self.head_rows, axis=-1),
-                "group_rows": np.packbits(self.group_rows, axis=-1),
-                "rows": self.rows,
-            },
-            self.manifest,
-        )
+        tensors = {
+            "head_rows": np.packbits(self.head_rows, axis=-1),
+            "group_rows": np.packbits(self.group_rows, axis=-1),
+            "rows": self.rows,
+        }
+        if self.capacities is not None:
+            tensors["capacities"] = self.capacities
+        write_artefact(folder, tensors, self.manifest)
 
     @classmethod
     def load(cls, folder: str | Path) -> SubnetSchedule:
@@ -164,6 +194,8 @@ class SubnetSchedule:
             "thresholds": {"width": self.routing.threshold, "tokens": self.routing.token_threshold},
             "subnetworks_by_block": list(self.subnetworks_by_block),
             "macs_per_timestep_all_tokens": [int(m) for m in self.macs_per_timestep()],
+            "view_share": self.view_share,
+            "calibration": self.calibration,
             "weights_sha256": self.weights,
         }
 
@@ -179,6 +211,9 @@ class SubnetSchedule:
             routing=DyDiTConfig(**manifest["routing"]),
             weights=manifest["weights_sha256"],
             sampler=manifest["sampler"],
+            # Schedules of earlier versions have neither.
+            capacities=tensors.get("capacities"),
+            calibration=dict(manifest.get("calibration", {})),
         )
         if schedule.rows.shape != (len(schedule.timesteps), shape.depth):
             raise ValueError(f"rows of shape {schedule.rows.shape}")
@@ -203,6 +238,39 @@ def _width_masks(model: DyDiT, timesteps: list[float]) -> tuple[np.ndarray, np.n
     finally:
         model.train(training)
     return heads.bool().cpu().numpy(), groups.bool().cpu().numpy()
+
+
+def _is_one_run(masks: np.ndarray) -> np.ndarray:
+    """Whether each mask (U, K) is on in at most one contiguous run: bool (U,)."""
+    starts = masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]
+    return starts.sum(-1) <= 1
+
+
+def _as_int32(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers of any width as int32; what is none stays as it is."""
+    array = np.asarray(numbers)
+    return array.astype(np.int32) if np.issubdtype(array.dtype, np.integer) else array
+
+
+def _check_capacities(capacities: np.ndarray, steps: int, shape: ModelShape, routing: DyDiTConfig) -> None:
+    """Refuse capacities that no engine could run.
+
+    Raises:
+        ScheduleError: not int32 (S, L), outside of 0..N, or below N in a model that routes no tokens.
+    """
+    N, expected = shape.tokens, (steps, shape.depth)
+    if capacities.shape != expected or capacities.dtype != np.int32:
+        raise ScheduleError(
+            f"capacities of shape {capacities.shape} and type {capacities.dtype}",
+            expected=f"int32 {expected}",
+        )
+    low, high = capacities.min(), capacities.max()
+    if low < 0 or high > N:
+        raise ScheduleError(f"capacities from {low} to {high}", expected=f"0 to {N} tokens")
+    if low < N and not routing.token_routing:
+        raise ScheduleError(
+            f"a capacity of {low} tokens for a model without token routers", expected=f"all {N} of them"
+        )
 
 
 def _key(timestep: float) -> float:

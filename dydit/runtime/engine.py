@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dydit.costs import ATTENTION_PROJECTIONS, MLP
 from dydit.dynamic.dydit import DyDiT
-from dydit.errors import ScheduleError, ShapeError
+from dydit.errors import ConfigError, ScheduleError, ShapeError
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.guidance import forward_with_cfg
@@ -27,6 +28,8 @@ from dydit.runtime.packing import (
 )
 from dydit.runtime.sliced import SlicedBlock
 
+Mode = Literal["exact", "capacity"]
+
 
 class SubnetEngine(nn.Module):
     """Runs the subnetworks of a schedule. Never multiplies by a mask.
@@ -40,9 +43,12 @@ class SubnetEngine(nn.Module):
         dtype: run in this dtype, on a converted copy of the model; None = the model's own.
         memory_budget: bytes of packed weights to keep; None = one more copy of the block weights.
         verify: compare the sha256 of the model's weights with the schedule's.
+        mode: ``exact`` runs the MLP on the tokens whose score is above the threshold, however many they
+            are; ``capacity`` on the fixed number per timestep and block that calibration chose, highest
+            scores first: nothing then depends on the data but which tokens they are.
 
     Raises:
-        ScheduleError: the schedule belongs to other weights.
+        ScheduleError: the schedule belongs to other weights, or has no capacities.
         ConfigError: the budget is smaller than one block.
     """
 
@@ -53,13 +59,15 @@ class SubnetEngine(nn.Module):
         dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
         verify: bool = True,
+        mode: Mode = "exact",
     ) -> None:
         super().__init__()
+        _check_mode(mode, schedule)
         if verify:
             _check_weights(model, schedule)
         if dtype is not None and dtype != next(model.parameters()).dtype:
             model = nn.Module.to(copy.deepcopy(model), dtype)
-        self.model, self.schedule, self.shape = model, schedule, schedule.shape
+        self.model, self.schedule, self.shape, self.mode = model, schedule, schedule.shape, mode
         adapter = model.adapter
         blocks = adapter.blocks(model.backbone)
         self._weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
@@ -135,13 +143,33 @@ class SubnetEngine(nn.Module):
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
         adapter, backbone = self.model.adapter, self.model.backbone
         tokens, cond = adapter.embed(backbone, x, t, y)
+        tokens = tokens.contiguous()  # the token path works on its rows in place
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, cond, self._packed(i, int(self.schedule.rows[position, i])))
+            packed = self._packed(i, int(self.schedule.rows[position, i]))
+            tokens = block(tokens, cond, packed, self._capacity(position, i))
         return adapter.decode(backbone, tokens, cond)
+
+    def _capacity(self, position: int, block: int) -> int | None:
+        """Tokens of each sample that enter the MLP; None where the threshold decides."""
+        if self.mode == "exact":
+            return None
+        assert self.schedule.capacities is not None
+        return int(self.schedule.capacities[position, block])
 
     def _packed(self, block: int, row: int) -> PackedBlock:
         masks = self.schedule.head_rows[row], self.schedule.group_rows[row]
         return self._cache.get((block, row), partial(pack_block, *self._weights[block], *masks))
+
+
+def _check_mode(mode: str, schedule: SubnetSchedule) -> None:
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode {mode!r}", expected=" or ".join(get_args(Mode)))
+    if mode == "capacity" and schedule.capacities is None:
+        raise ScheduleError(
+            "a schedule without capacities",
+            expected="the number of tokens per timestep and block, which mode capacity needs",
+            remedy="export again with --calibrate or --capacity",
+        )
 
 
 def _check_weights(model: DyDiT, schedule: SubnetSchedule) -> None:

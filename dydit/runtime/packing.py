@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.errors import ConfigError
+
+Weights = tuple[Tensor, Tensor | None]  # of a linear layer: weight (out, in), bias (out,) where it has one
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class PackedBlock:
     """Sliced weights of one block with h active heads and g active groups of u units.
 
     Attributes:
-        qkv: weight (3·h·d, D) and bias; None when no head is active.
+        qkv: one fused layer, weight (3·h·d, D), or three of (h·d, D); empty when no head is active.
         out: weight (D, h·d) and bias (D,).
         fc1: weight (g·u, D) and bias; None when no group is active.
         fc2: weight (D, g·u) and bias (D,).
@@ -32,10 +34,10 @@ class PackedBlock:
         copied_bytes: memory that the slices take beyond the original weights.
     """
 
-    qkv: tuple[Tensor, Tensor | None] | None
-    out: tuple[Tensor, Tensor | None]
-    fc1: tuple[Tensor, Tensor | None] | None
-    fc2: tuple[Tensor, Tensor | None]
+    qkv: tuple[Weights, ...]
+    out: Weights
+    fc1: Weights | None
+    fc2: Weights
     heads: int
     copied_bytes: int
 
@@ -47,25 +49,14 @@ def pack_block(
     """Slice one block's weights for head mask (H,) and group mask (G,), both bool."""
     head_index = np.flatnonzero(heads)
     head_dim = attention.out.in_features // attention.num_heads
-    unit_index = _units(np.flatnonzero(groups), mlp.fc1.out_features // len(groups))
-    qkv = _pack_qkv(attention, head_index) if len(head_index) else None
-    fc1 = None
-    if len(unit_index):
-        bias = _detached(mlp.fc1.bias)
-        fc1 = (_take(mlp.fc1.weight, unit_index, 0), None if bias is None else _take(bias, unit_index, 0))
-    out = _take(attention.out.weight, _units(head_index, head_dim), 1)
-    fc2 = _take(mlp.fc2.weight, unit_index, 1)
-    originals = {t.untyped_storage().data_ptr() for t in _originals(attention, mlp)}
-    slices = [out, fc2, *(qkv or ()), *(fc1 or ())]
+    columns = _units(head_index, head_dim)
+    units = _units(np.flatnonzero(groups), mlp.fc1.out_features // len(groups))
+    qkv = _pack_qkv(attention, columns) if len(columns) else ()
+    out = _take(attention.out.weight, columns, 1), _detached(attention.out.bias)
+    fc1 = _take_rows(_detached_pair(mlp.fc1), units) if len(units) else None
+    fc2 = _take(mlp.fc2.weight, units, 1), _detached(mlp.fc2.bias)
     return PackedBlock(
-        qkv=qkv,
-        out=(out, _detached(attention.out.bias)),
-        fc1=fc1,
-        fc2=(fc2, _detached(mlp.fc2.bias)),
-        heads=len(head_index),
-        copied_bytes=sum(
-            t.nbytes for t in slices if t is not None and t.untyped_storage().data_ptr() not in originals
-        ),
+        qkv, out, fc1, fc2, len(head_index), _copied_bytes([*qkv, out, fc1, fc2], _originals(attention, mlp))
     )
 
 
@@ -74,19 +65,21 @@ def block_bytes(attention: AttentionParts, mlp: MlpParts) -> int:
     return sum(t.nbytes for t in _originals(attention, mlp))
 
 
-def _pack_qkv(parts: AttentionParts, head_index: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """Rows of the active heads, fused into one (3·h·d, D) weight whatever the layout of the source."""
-    if len(head_index) == parts.num_heads and len(parts.qkv) == 1:
-        return parts.qkv[0].weight.detach(), _detached(parts.qkv[0].bias)
-    index = torch.as_tensor(head_index, device=parts.out.weight.device)
+def _pack_qkv(parts: AttentionParts, columns: np.ndarray) -> tuple[Weights, ...]:
+    """Rows of q, k and v at ``columns``, the units of the active heads.
 
-    def rows(tensors: Sequence[Tensor]) -> Tensor:
-        sections = [t.unflatten(0, (3 // len(tensors), parts.num_heads, -1))[:, index] for t in tensors]
-        return torch.cat(sections).flatten(0, 2)
-
-    biases = [layer.bias for layer in parts.qkv]
-    weight = rows([layer.weight for layer in parts.qkv])
-    return weight, None if biases[0] is None else rows(biases)
+    Where the model fuses the three, they stay so, unless one run of heads makes views of them.
+    """
+    layers = [_detached_pair(layer) for layer in parts.qkv]
+    width = parts.out.in_features
+    if len(columns) == width:
+        return tuple(layers)
+    if len(layers) == 3:
+        return tuple(_take_rows(layer, columns) for layer in layers)
+    sections = np.arange(3)[:, None] * width + columns  # (3, h·d)
+    if _is_run(columns):
+        return tuple(_take_rows(layers[0], rows) for rows in sections)
+    return (_take_rows(layers[0], sections.reshape(-1)),)
 
 
 def _units(index: np.ndarray, size: int) -> np.ndarray:
@@ -94,18 +87,31 @@ def _units(index: np.ndarray, size: int) -> np.ndarray:
     return (index[:, None] * size + np.arange(size)).reshape(-1)
 
 
+def _take_rows(layer: Weights, index: np.ndarray) -> Weights:
+    weight, bias = layer
+    return _take(weight, index, 0), None if bias is None else _take(bias, index, 0)
+
+
 def _take(tensor: Tensor, index: np.ndarray, dim: int) -> Tensor:
     """``tensor`` at ``index`` (ascending) along ``dim``: itself, a view of a contiguous run, or a copy."""
     tensor = tensor.detach()
     if len(index) == tensor.shape[dim]:
         return tensor
-    if len(index) and index[-1] - index[0] + 1 == len(index):
+    if _is_run(index):
         return tensor.narrow(dim, int(index[0]), len(index))
     return tensor.index_select(dim, torch.as_tensor(index, device=tensor.device))
 
 
+def _is_run(index: np.ndarray) -> bool:
+    return len(index) > 0 and index[-1] - index[0] + 1 == len(index)
+
+
 def _detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
+
+
+def _detached_pair(layer: nn.Linear) -> Weights:
+    return layer.weight.detach(), _detached(layer.bias)
 
 
 def _originals(attention: AttentionParts, mlp: MlpParts) -> list[Tensor]:
@@ -113,14 +119,29 @@ def _originals(attention: AttentionParts, mlp: MlpParts) -> list[Tensor]:
     return [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
 
 
+def _copied_bytes(layers: Sequence[Weights | None], originals: Sequence[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr() for t in originals}
+    tensors = [t for layer in layers if layer is not None for t in layer if t is not None]
+    return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in storages)
+
+
 @dataclass(frozen=True)
 class PackStatistics:
-    """Counters of a cache: requests served from it, packings made, bytes held, entries dropped."""
+    """Counters of a cache.
+
+    Attributes:
+        hits: requests served from it.
+        misses: packings made.
+        bytes: memory that its packings take beyond the original weights.
+        evictions: packings dropped.
+        views: packings made that took no memory.
+    """
 
     hits: int
     misses: int
     bytes: int
     evictions: int
+    views: int
 
 
 class PackCache:
@@ -133,7 +154,7 @@ class PackCache:
         self.budget = budget
         self._entries: OrderedDict[Hashable, PackedBlock] = OrderedDict()
         self._lock = threading.Lock()
-        self._hits = self._misses = self._bytes = self._evictions = 0
+        self._hits = self._misses = self._bytes = self._evictions = self._views = 0
 
     def get(self, key: Hashable, make: Callable[[], PackedBlock]) -> PackedBlock:
         """The packing under ``key``, made by ``make`` on a miss."""
@@ -146,6 +167,7 @@ class PackCache:
             packed = make()
             self._entries[key] = packed
             self._bytes += packed.copied_bytes
+            self._views += not packed.copied_bytes
             while self._bytes > self.budget:
                 _, dropped = self._entries.popitem(last=False)
                 self._bytes -= dropped.copied_bytes
@@ -161,7 +183,7 @@ class PackCache:
     def statistics(self) -> PackStatistics:
         """Counters so far."""
         with self._lock:
-            return PackStatistics(self._hits, self._misses, self._bytes, self._evictions)
+            return PackStatistics(self._hits, self._misses, self._bytes, self._evictions, self._views)
 
 
 def check_budget(budget: int, largest: int) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.adapters.dit import DiTAdapter
 from dydit.errors import ConfigError
-from dydit.runtime.packing import PackCache, PackedBlock, block_bytes, check_budget, pack_block
+from dydit.runtime.packing import (
+    PackCache,
+    PackedBlock,
+    PackStatistics,
+    block_bytes,
+    check_budget,
+    pack_block,
+)
 
 H, G, D = 4, 8, 32
 
@@ -33,10 +40,10 @@ def test_everything_on_is_the_weights_themselves() -> None:
     attention, mlp = parts()
     packed = pack_block(attention, mlp, np.ones(H, bool), np.ones(G, bool))
     assert packed.copied_bytes == 0 and packed.heads == H
-    assert packed.qkv is not None and packed.fc1 is not None
+    assert len(packed.qkv) == 1 and packed.fc1 is not None
     for tensor, original in (
-        (packed.qkv[0], attention.qkv[0].weight),
-        (packed.qkv[1], attention.qkv[0].bias),
+        (packed.qkv[0][0], attention.qkv[0].weight),
+        (packed.qkv[0][1], attention.qkv[0].bias),
         (packed.out[0], attention.out.weight),
         (packed.fc1[0], mlp.fc1.weight),
         (packed.fc1[1], mlp.fc1.bias),
@@ -46,16 +53,17 @@ def test_everything_on_is_the_weights_themselves() -> None:
         assert not tensor.requires_grad
 
 
-def test_one_run_of_groups_is_a_view() -> None:
+def test_one_run_of_heads_and_of_groups_is_a_view() -> None:
     attention, mlp = parts()
     packed = pack_block(attention, mlp, mask(H, 1, 2), mask(G, 2, 3, 4))
-    assert packed.fc1 is not None and packed.fc1[1] is not None and packed.qkv is not None
+    assert packed.fc1 is not None and packed.fc1[1] is not None and packed.copied_bytes == 0
     assert shares_storage(packed.fc1[0], mlp.fc1.weight)
     assert shares_storage(packed.fc1[1], mlp.fc1.bias)
     assert shares_storage(packed.fc2[0], mlp.fc2.weight)
     assert shares_storage(packed.out[0], attention.out.weight)
-    # The heads' rows lie in three places (q, k, v): fusing them takes a copy.
-    assert packed.copied_bytes == packed.qkv[0].nbytes + packed.qkv[1].nbytes  # type: ignore[union-attr]
+    # The heads' rows lie in three places (q, k, v): three views.
+    assert len(packed.qkv) == 3
+    assert all(shares_storage(weight, attention.qkv[0].weight) for weight, _ in packed.qkv)
 
 
 def test_scattered_groups_are_a_copy_of_just_those() -> None:
@@ -85,22 +93,27 @@ def test_heads_are_sliced_alike_from_fused_and_separate_layers(on: list[bool], b
         pack_block(AttentionParts(layers, out, H), mlp, np.array(on), np.ones(G, bool))
         for layers in ((fused,), tuple(separate))
     )
-    assert (ours.qkv is None) == (theirs.qkv is None) == (not any(on))
-    if ours.qkv is None or theirs.qkv is None:
+    assert bool(ours.qkv) == bool(theirs.qkv) == any(on)
+    if not any(on):
         return
     index = np.flatnonzero(on)
     expected = fused.weight.unflatten(0, (3, H, -1))[:, index].flatten(0, 2)
-    assert torch.equal(ours.qkv[0], expected) and torch.equal(theirs.qkv[0], expected)
-    assert (ours.qkv[1] is None) == (theirs.qkv[1] is None) == (not bias)
+    for packed in (ours, theirs):
+        assert torch.equal(torch.cat([weight for weight, _ in packed.qkv]), expected)
+        assert all((b is not None) == bias for _, b in packed.qkv)
     if bias:
-        assert torch.equal(ours.qkv[1], theirs.qkv[1])  # type: ignore[arg-type]
+        expected_bias = fused.bias.unflatten(0, (3, H, -1))[:, index].flatten()
+        for packed in (ours, theirs):
+            assert torch.equal(torch.cat([b for _, b in packed.qkv if b is not None]), expected_bias)
+    if all(on):
+        assert theirs.copied_bytes == 0
     assert torch.equal(ours.out[0], out.weight.unflatten(1, (H, -1))[:, index].flatten(1))
     assert max(ours.copied_bytes, theirs.copied_bytes) <= block_bytes(AttentionParts((fused,), out, H), mlp)
 
 
 def entry(size: int) -> PackedBlock:
     nothing = torch.zeros(0)
-    return PackedBlock(None, (nothing, None), None, (nothing, None), 0, size)
+    return PackedBlock((), (nothing, None), None, (nothing, None), 0, size)
 
 
 def test_the_least_recently_used_packing_leaves_first() -> None:
@@ -114,7 +127,7 @@ def test_the_least_recently_used_packing_leaves_first() -> None:
     again = entry(4)
     assert cache.get("second", lambda: again) is again
     statistics = cache.statistics()
-    assert (statistics.hits, statistics.misses, statistics.bytes, statistics.evictions) == (2, 4, 8, 2)
+    assert statistics == PackStatistics(hits=2, misses=4, bytes=8, evictions=2, views=0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))
