@@ -82,6 +82,13 @@ class DyDiTConfig(Section):
     rank: Literal["magnitude", "none"] = Field(
         default="magnitude", description="order heads and channels by weight magnitude before conversion"
     )
+    nested: bool = Field(
+        default=False,
+        description=(
+            "decide how many of the ranked heads and groups run, not which: the first ones (with rank none, "
+            "in the backbone's own order)"
+        ),
+    )
 
 
 class ModelConfig(Section):

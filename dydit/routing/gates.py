@@ -55,18 +55,40 @@ def _logistic(shape: tuple[int, ...], generator: torch.Generator | None, device:
     return torch.logit(uniform.clamp_(min=torch.finfo(torch.float32).tiny))
 
 
-def training_gate(logits: Tensor, temperature: float | Tensor, noise: Tensor | None = None) -> Tensor:
-    """0/1 gates from noisy logits: hard in the forward, sigmoid((logits + noise)/temperature) backward.
+def training_gate(
+    logits: Tensor, temperature: float | Tensor, noise: Tensor | None = None, threshold: float = 0.5
+) -> Tensor:
+    """0/1 gates from noisy logits: hard in the forward, sigmoid((logits − cut + noise)/temperature) backward.
+
+    ``cut`` is the logit of ``threshold``, 0 for the published 0.5. So a gate is open with a probability above
+    one half exactly where ``threshold_gate`` opens it: training and deployment mean the same threshold.
 
     Args:
         logits: any shape; +inf is always on, and NaN gives NaN, never a decision.
         temperature: of the sigmoid.
-        noise: of the shape of ``logits``; None: drawn from torch's global generator.
+        noise: logistic, of a shape that broadcasts to ``logits``; None: drawn for every logit from torch's
+            global generator.
+        threshold: the score above which the gate is open in evaluation.
     """
     noise = logistic_noise(logits) if noise is None else noise.to(logits.dtype)
-    soft = torch.sigmoid((logits + noise) / temperature)
+    soft = torch.sigmoid((centred(logits, threshold) + noise) / temperature)
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())
+
+
+def centred(logits: Tensor, threshold: float) -> Tensor:
+    """Logits of the probability that a gate is open in training: ``logits`` minus the threshold's own."""
+    cut = logit(threshold)
+    return logits - cut if cut else logits
+
+
+def nested_logits(logits: Tensor) -> Tensor:
+    """Logits (..., K) that never rise from one component to the next: the least of those so far.
+
+    A component is then no likelier to be on than any before it. The gradient of each goes to the component
+    that held it down.
+    """
+    return logits.cummin(dim=-1).values
 
 
 def threshold_gate(logits: Tensor, threshold: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dydit.config import DyDiTConfig
 from dydit.costs import RouterShape
-from dydit.routing.gates import threshold_gate, training_gate
+from dydit.routing.gates import logistic_noise, nested_logits, threshold_gate, training_gate
 from dydit.shapes import ModelShape
 
 
@@ -84,22 +84,35 @@ class BlockRouters(nn.Module):
         Args:
             logits: any shape.
             threshold: score above which a gate is open in evaluation.
-            noise: in training, of the shape of ``logits``; None: drawn from torch's global generator.
+            noise: in training, of a shape that broadcasts to ``logits``; None: drawn from torch's global
+                generator.
             temperature: in training; None: the config's.
         """
-        if self.training:
-            return training_gate(
-                logits, self.config.temperature if temperature is None else temperature, noise
-            )
-        return threshold_gate(logits, threshold)
+        if not self.training:
+            return threshold_gate(logits, threshold)
+        temperature = self.config.temperature if temperature is None else temperature
+        return training_gate(logits, temperature, noise, threshold)
+
+    def width_gate(
+        self, logits: Tensor, noise: Tensor | None = None, temperature: Tensor | float | None = None
+    ) -> Tensor:
+        """Gates of the logits (..., K) of heads or groups; see ``gate``.
+
+        Nested, the components share one draw, the first one's. With logits that never rise the gates are then
+        a prefix, whose length chance decides, and each is still open with the probability of its own score:
+        the expected width in training does not shrink with the number of components.
+        """
+        if self.training and self.config.nested:
+            noise = logistic_noise(logits[..., :1]) if noise is None else noise[..., :1]
+        return self.gate(logits, self.config.threshold, noise, temperature)
 
     def head_logits(self, timestep: Tensor) -> Tensor:
         """Logits (B, H) from timestep embeddings (B, D); +inf for what is always on."""
-        return _width_logits(self.head_router, timestep, self.num_heads)
+        return self._width_logits(self.head_router, timestep, self.num_heads)
 
     def group_logits(self, timestep: Tensor) -> Tensor:
         """Logits (B, G) from timestep embeddings (B, D); +inf for what is always on."""
-        return _width_logits(self.group_router, timestep, self.num_groups)
+        return self._width_logits(self.group_router, timestep, self.num_groups)
 
     def token_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, N) from tokens (B, N, D); +inf without a token router."""
@@ -109,21 +122,21 @@ class BlockRouters(nn.Module):
 
     def head_gates(self, timestep: Tensor) -> Tensor:
         """Gates (B, H) from timestep embeddings (B, D)."""
-        return self.gate(self.head_logits(timestep), self.config.threshold)
+        return self.width_gate(self.head_logits(timestep))
 
     def group_gates(self, timestep: Tensor) -> Tensor:
         """Gates (B, G) from timestep embeddings (B, D)."""
-        return self.gate(self.group_logits(timestep), self.config.threshold)
+        return self.width_gate(self.group_logits(timestep))
 
     def token_gates(self, tokens: Tensor) -> Tensor:
         """Gates (B, N) from tokens (B, N, D)."""
         return self.gate(self.token_logits(tokens), self.config.token_threshold)
 
-
-def _width_logits(router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
-    return (
-        timestep.new_full((timestep.shape[0], components), torch.inf) if router is None else router(timestep)
-    )
+    def _width_logits(self, router: WidthRouter | None, timestep: Tensor, components: int) -> Tensor:
+        if router is None:
+            return timestep.new_full((timestep.shape[0], components), torch.inf)
+        logits = router(timestep)
+        return nested_logits(logits) if self.config.nested else logits
 
 
 def router_shape(shape: ModelShape, config: DyDiTConfig) -> RouterShape:
