@@ -18,6 +18,7 @@ from dydit.export.schedule import SubnetSchedule
 from dydit.guidance import forward_with_cfg
 from dydit.models.dit import check_latent
 from dydit.models.embeddings import check_per_sample
+from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.packing import (
     PackCache,
     PackedBlock,
@@ -26,7 +27,7 @@ from dydit.runtime.packing import (
     check_budget,
     pack_block,
 )
-from dydit.runtime.sliced import SlicedBlock
+from dydit.runtime.sliced import STAGES, SlicedBlock
 
 Mode = Literal["exact", "capacity"]
 
@@ -46,6 +47,8 @@ class SubnetEngine(nn.Module):
         mode: ``exact`` runs the MLP on the tokens whose score is above the threshold, however many they
             are; ``capacity`` on the fixed number per timestep and block that calibration chose, highest
             scores first: nothing then depends on the data but which tokens they are.
+        compile: run the blocks through torch.compile. The first calls take longer, by seconds for each of a
+            few graphs; timesteps and blocks share them.
 
     Raises:
         ScheduleError: the schedule belongs to other weights, or has no capacities.
@@ -60,6 +63,7 @@ class SubnetEngine(nn.Module):
         memory_budget: int | None = None,
         verify: bool = True,
         mode: Mode = "exact",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_mode(mode, schedule)
@@ -75,8 +79,9 @@ class SubnetEngine(nn.Module):
         budget = sum(sizes) if memory_budget is None else memory_budget
         check_budget(budget, max(sizes))
         self._cache = PackCache(budget)
+        stages = compiled_stages() if compile else STAGES
         self.blocks = nn.ModuleList(
-            SlicedBlock(adapter, block, routers.token_router, schedule.routing.token_threshold)
+            SlicedBlock(adapter, block, routers.token_router, schedule.routing.token_threshold, stages)
             for block, routers in zip(blocks, model.routers, strict=True)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,14 +62,21 @@ class SlicedBlock(nn.Module):
         block: the backbone's block.
         token_router: logits (..., N) of tokens (..., N, D); None keeps every token.
         token_threshold: score above which a token enters the MLP.
+        stages: how the parts of the computation are run; None: as they are written here.
     """
 
     def __init__(
-        self, adapter: Adapter, block: nn.Module, token_router: nn.Module | None, token_threshold: float
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        token_router: nn.Module | None,
+        token_threshold: float,
+        stages: Stages | None = None,
     ) -> None:
         super().__init__()
         self._parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
         self._token_logit = logit(token_threshold)
+        self._stages = STAGES if stages is None else stages
         self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
     def forward(
@@ -82,63 +90,62 @@ class SlicedBlock(nn.Module):
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
         """
-        x, m = self.attend(x, cond, packed)
-        logits = self.token_logits(x)
-        if logits is None or capacity == x.shape[1]:
-            return self.mlp_of_all(x, m, packed)
-        if capacity is None:
-            return self.mlp_of_kept(x, m, packed, (logits.flatten() > self._token_logit).nonzero().squeeze(1))
-        return self.mlp_of_top(x, m, packed, top_tokens(logits, capacity))
+        stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
+        x, m, logits = stages.attend(self, x, cond, packed)
+        B, N, _ = x.shape
+        if logits is None or capacity == N:
+            return stages.mlp_of_all(self, x, m, packed)
+        if capacity == 0:
+            return x
+        if capacity is not None:
+            return stages.mlp_of_top(self, x, m, packed, logits, capacity)
+        kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
+        if len(kept) == B * N:
+            return stages.mlp_of_all(self, x, m, packed)
+        return stages.mlp_of_kept(self, x, m, packed, kept) if len(kept) else x
 
-    def attend(self, x: Tensor, cond: Conditioning, packed: PackedBlock) -> tuple[Tensor, Modulation]:
-        """The block up to its MLP: tokens (B, N, D), a tensor of its own, and the modulation."""
-        adapter, block, _ = self._parts
+    def attend(
+        self, x: Tensor, cond: Conditioning, packed: PackedBlock
+    ) -> tuple[Tensor, Modulation, Tensor | None]:
+        """The block up to its MLP: tokens (B, N, D), a tensor of its own; modulation; token logits (B, N)."""
+        adapter, block, router = self._parts
         m = adapter.modulation(block, cond)
         normed = modulate(adapter.norms(block)[0](x), m.shift_attn, m.scale_attn)
         x = add_gated(x, self.sliced_attention(packed, normed), m.gate_attn)
-        return adapter.cross(block, x, cond), m
-
-    def token_logits(self, x: Tensor) -> Tensor | None:
-        """Logits (B, N) of the token router; None without one."""
-        router = self._parts[2]
-        return None if router is None else router(x)
+        x = adapter.cross(block, x, cond)
+        return x, m, None if router is None else router(x)
 
     def mlp_of_all(self, x: Tensor, m: Modulation, packed: PackedBlock) -> Tensor:
         """The MLP's branch of every token."""
         normed = modulate(self._norm(x), m.shift_mlp, m.scale_mlp)
         return add_gated(x, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
 
-    def mlp_of_kept(self, x: Tensor, m: Modulation, packed: PackedBlock, index: Tensor) -> Tensor:
-        """The MLP's branch of the tokens at ``index`` (K,) of the flattened batch, added to x in place.
+    def mlp_of_kept(self, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor) -> Tensor:
+        """The MLP's branch of the tokens at ``kept`` (K,) of the flattened batch, added to x in place.
 
         One gather for the whole batch; norm, modulation, MLP and gate see the kept tokens only.
         """
         B, N, D = x.shape
-        if len(index) == B * N:
-            return self.mlp_of_all(x, m, packed)
-        if not len(index):
-            return x
-        sample = index // N
+        sample = kept // N
         shift, scale, gate = (
             None if row is None else row.index_select(0, sample)
             for row in (m.shift_mlp, None if m.scale_mlp is None else 1 + m.scale_mlp, m.gate_mlp)
         )  # (K, D) each
         flat = x.view(B * N, D)
-        kept = self._norm(flat.index_select(0, index))
+        tokens = self._norm(flat.index_select(0, kept))
         if shift is not None and scale is not None:
-            kept = torch.addcmul(shift, kept, scale)
-        update = self.sliced_mlp(packed, self._act, kept)
-        return _add_rows(flat, index, update if gate is None else update * gate).view(B, N, D)
+            tokens = torch.addcmul(shift, tokens, scale)
+        update = self.sliced_mlp(packed, self._act, tokens)
+        return _add_rows(flat, kept, update if gate is None else update * gate).view(B, N, D)
 
-    def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, index: Tensor) -> Tensor:
-        """The MLP's branch of the tokens at ``index`` (B, k) of each sample, added to x in place."""
+    def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
+        """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""
         B, N, D = x.shape
-        if not index.shape[1]:
-            return x
-        rows = (index + N * torch.arange(B, device=index.device).unsqueeze(1)).flatten()  # (B·k,)
+        first = N * torch.arange(B, device=x.device).unsqueeze(1)  # of each sample, in the flattened batch
+        rows = (top_tokens(logits, k) + first).flatten()  # (B·k,)
         flat = x.view(B * N, D)
-        kept = self._norm(flat.index_select(0, rows).view(B, -1, D))
-        update = self.sliced_mlp(packed, self._act, modulate(kept, m.shift_mlp, m.scale_mlp))
+        tokens = self._norm(flat.index_select(0, rows).view(B, k, D))
+        update = self.sliced_mlp(packed, self._act, modulate(tokens, m.shift_mlp, m.scale_mlp))
         update = update if m.gate_mlp is None else update * m.gate_mlp.unsqueeze(1)
         return _add_rows(flat, rows, update.view(-1, D)).view(B, N, D)
 
@@ -157,3 +164,19 @@ def _add_rows(flat: Tensor, rows: Tensor, update: Tensor) -> Tensor:
     """flat (B·N, D) with ``update`` (K, D) added at ``rows`` (K,), each row once, in place."""
     # Under autocast the residual stays float32 while the branch is half, and index_add wants one dtype.
     return flat.index_add_(0, rows, update.to(flat.dtype))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The parts of a sliced block between which something depends on the data or on the schedule.
+
+    Each takes the block first. ``dydit.runtime.compiled`` has them compiled.
+    """
+
+    attend: Callable[..., tuple[Tensor, Modulation, Tensor | None]] = SlicedBlock.attend
+    mlp_of_all: Callable[..., Tensor] = SlicedBlock.mlp_of_all
+    mlp_of_kept: Callable[..., Tensor] = SlicedBlock.mlp_of_kept
+    mlp_of_top: Callable[..., Tensor] = SlicedBlock.mlp_of_top
+
+
+STAGES = Stages()

@@ -1,0 +1,54 @@
+"""The stages of a sliced block, compiled by torch.compile: one graph each for all blocks and timesteps.
+
+Weights are inputs of a stage, and so are the parameters of the block. Widths and token counts turn into
+symbolic sizes as soon as a second one is seen, so the number of graphs does not grow with the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydit.models.blocks import Modulation
+from dydit.runtime.packing import PackedBlock
+from dydit.runtime.sliced import SlicedBlock, Stages
+
+
+def compiled_stages() -> Stages:
+    """Stages for the blocks of one engine; each is compiled when it is first called."""
+    return Stages(
+        attend=_compiled(SlicedBlock.attend),
+        mlp_of_all=_compiled(SlicedBlock.mlp_of_all),
+        mlp_of_kept=_of_any_number(_compiled(SlicedBlock.mlp_of_kept)),
+        mlp_of_top=_compiled(SlicedBlock.mlp_of_top),
+    )
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled with a code object of its own.
+
+    torch.compile keeps and limits its graphs per code object: those of other engines must not count here.
+    """
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )
+    return torch.compile(own)
+
+
+def _of_any_number(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``mlp_of_kept`` for a number of tokens that is another one in every call."""
+
+    @wraps(stage)
+    def run(block: SlicedBlock, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor) -> Tensor:
+        if len(kept) == 1:  # a size of 1 is never symbolic: it would take a graph of its own
+            return block.mlp_of_kept(x, m, packed, kept)
+        torch._dynamo.maybe_mark_dynamic(kept, 0)
+        return stage(block, x, m, packed, kept)
+
+    return run

@@ -1,0 +1,101 @@
+"""The compiled engine: the same function, from a few graphs that all timesteps and blocks share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_builders import (
+    relative_error,
+    route_tokens,
+    route_widths,
+    small_dydit,
+    small_inputs,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dydit.compute.engine import count_engine
+from dydit.config import DyDiTConfig
+from dydit.dynamic.dydit import DyDiT
+from dydit.export.schedule import SubnetSchedule
+from dydit.runtime import compiled
+from dydit.runtime.engine import Mode, SubnetEngine
+from dydit.shapes import CONDITIONINGS
+
+STEPS = [float(t) for t in range(950, 0, -80)]  # 12 timesteps
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts the graphs that torch.compile makes; runs them without generating code."""
+    torch._dynamo.reset()
+    counting = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compiled.torch, "compile", partial(torch.compile, backend=counting))
+    return counting
+
+
+def many_subnetworks(conditioning: str = "adaln_zero", seed: int = 0) -> tuple[DyDiT, SubnetSchedule]:
+    """A model whose blocks and timesteps have many widths, with capacities from none to all tokens."""
+    config = DyDiTConfig(mlp_groups=8, token_router_ratio=4)
+    model = small_dydit(seed, config, mixed=False, conditioning=conditioning, depth=3)
+    rng = np.random.default_rng(seed)
+    shape = model.shape
+    open_share = rng.uniform(0, 1, (len(STEPS), shape.depth, 1))
+    heads = rng.uniform(size=(len(STEPS), shape.depth, shape.num_heads)) < open_share
+    groups = rng.uniform(size=(len(STEPS), shape.depth, shape.mlp_groups)) < open_share
+    heads[..., 0] = groups[..., 0] = True  # always on
+    route_widths(model, STEPS, heads, groups)
+    x, y = small_inputs(shape, batch=2)
+    route_tokens(model, x, STEPS[0], y)
+    capacities = rng.integers(0, shape.tokens + 1, (len(STEPS), shape.depth))
+    return model, SubnetSchedule.from_model(model, STEPS, capacities=capacities)
+
+
+def distinct_shapes(schedule: SubnetSchedule) -> int:
+    """Distinct numbers of heads, groups and tokens among the schedule's blocks."""
+    heads, groups = schedule.heads.sum(-1), schedule.groups.sum(-1)
+    assert schedule.capacities is not None
+    return len(np.unique(np.stack([heads, groups, schedule.capacities]).reshape(3, -1), axis=1).T)
+
+
+def largest_error(a: SubnetEngine, b: SubnetEngine, steps: list[float] = STEPS) -> float:
+    x, y = small_inputs(a.shape, batch=2)
+    return max(relative_error(a(x, t, y), b(x, t, y)) for t in steps)
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_few_graphs_for_many_subnetworks(counter: Any, conditioning: str, mode: Mode) -> None:
+    model, schedule = many_subnetworks(conditioning)
+    shapes = distinct_shapes(schedule)
+    assert shapes > 30
+    eager = SubnetEngine(model, schedule, mode=mode)
+    fast = SubnetEngine(model, schedule, mode=mode, compile=True)
+    # At the limit torch.compile would quietly go on without compiling.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert largest_error(fast, eager) < 1e-5
+        first = counter.frame_count
+        assert 0 < first <= 14 < shapes
+        assert largest_error(fast, eager) < 1e-5
+        assert counter.frame_count == first  # a second run through the timesteps needs no further one
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_generated_code_computes_the_same(mode: Mode) -> None:
+    torch._dynamo.reset()
+    model, schedule = many_subnetworks()
+    fast = SubnetEngine(model, schedule, mode=mode, compile=True)
+    assert largest_error(fast, SubnetEngine(model, schedule, mode=mode), STEPS[:2]) < 1e-5
+
+
+def test_a_compiled_engine_is_counted_like_any_other() -> None:
+    model, schedule = many_subnetworks()
+    x, y = small_inputs(model.shape)
+    calls = [
+        count_engine(SubnetEngine(model, schedule, compile=compile), x, STEPS[3], y)
+        for compile in (False, True)
+    ]
+    assert calls[0].counted == calls[1].counted and calls[1].counted.total == calls[1].analytic.total
