@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +41,16 @@ def count_engine(engine: SubnetEngine, x: Tensor, t: float, y: Tensor) -> Engine
     Raises:
         ScheduleError: the timestep is not in the schedule.
     """
-    shape, schedule = engine.shape, engine.schedule
-    position = schedule.index_of(t)
-    kept = np.full((len(x), shape.depth), shape.tokens)
-    logits: dict[int, Tensor] = {}  # of each block's token router
+    with record_token_logits(engine) as logits:
+        counted = count_macs(engine, x, t, y)
+    kept = kept_tokens(engine, t, len(x), logits)
+    return EngineCall(counted, engine_table(engine, t, kept), kept)
+
+
+@contextmanager
+def record_token_logits(engine: SubnetEngine) -> Iterator[dict[int, Tensor]]:
+    """Block -> its token router's logits in the last call within the context, flattened or (B, N)."""
+    logits: dict[int, Tensor] = {}
 
     def recorder(block: int) -> Any:
         def record(_module: Any, _inputs: Any, output: Tensor) -> None:
@@ -53,14 +61,41 @@ def count_engine(engine: SubnetEngine, x: Tensor, t: float, y: Tensor) -> Engine
     routers = ((i, r.token_router) for i, r in enumerate(engine.model.routers))
     hooks = [router.register_forward_hook(recorder(i)) for i, router in routers if router is not None]
     try:
-        counted = count_macs(engine, x, t, y)
+        yield logits
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def kept_tokens(engine: SubnetEngine, t: float, rows: int, logits: Mapping[int, Tensor]) -> np.ndarray:
+    """Tokens (B, L) that entered the MLP in a call of ``rows`` samples at timestep ``t``.
+
+    Args:
+        logits: of the token routers in that call; not looked at where the schedule fixes the number.
+
+    Raises:
+        ScheduleError: the timestep is not in the schedule.
+    """
+    shape, schedule = engine.shape, engine.schedule
+    if engine.mode == "capacity" and schedule.capacities is not None:
+        capacities = schedule.capacities[schedule.index_of(t)]
+        return np.broadcast_to(capacities.astype(int), (rows, shape.depth))
+    kept = np.full((rows, shape.depth), shape.tokens)
+    threshold = logit(schedule.routing.token_threshold)
     for i, scores in logits.items():
-        keep = scores.view(len(x), -1) > logit(schedule.routing.token_threshold)
-        kept[:, i] = torch.count_nonzero(keep, dim=1).cpu()
+        kept[:, i] = torch.count_nonzero(scores.view(rows, -1) > threshold, dim=1).cpu()
+    return kept
+
+
+def engine_table(engine: SubnetEngine, t: float, kept: np.ndarray) -> MacTable:
+    """MACs by closed form of a call at timestep ``t`` in which ``kept`` (B, L) tokens entered the MLP.
+
+    Raises:
+        ScheduleError: the timestep is not in the schedule.
+    """
+    schedule = engine.schedule
+    position = schedule.index_of(t)
     heads, groups = (
         np.broadcast_to(masks[position].sum(-1), kept.shape) for masks in (schedule.heads, schedule.groups)
     )
-    return EngineCall(counted, executed_table(shape, schedule.routing, heads, groups, kept), kept)
+    return executed_table(engine.shape, schedule.routing, heads, groups, kept)

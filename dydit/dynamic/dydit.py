@@ -18,6 +18,7 @@ from dydit.dynamic.masked import masked_block
 from dydit.errors import ConfigError, ShapeError
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
+from dydit.models.fixed_positions import computed_positions
 from dydit.routing.gates import GateNoise
 from dydit.routing.routers import BlockRouters, router_shape
 from dydit.routing.routing import Routing, RoutingLogits
@@ -239,6 +240,12 @@ class DyDiT(ModelMixin, ConfigMixin):
     def mac_parts(self) -> dict[str, str]:
         """Name of a layer -> its part in a MAC report."""
         return {**self.adapter.layer_parts, "routers": ROUTERS}
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> None:
+        """Called by ``from_pretrained`` with what it read: exported files leave the fixed positions out."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for name, tensor in computed_positions(self).items():
+            state_dict.setdefault(name, tensor)
 
     def _blocks(self) -> nn.ModuleList:
         return self.adapter.blocks(self.backbone)

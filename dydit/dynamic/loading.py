@@ -20,6 +20,7 @@ from dydit.models.checkpoints.names import IDENTITY, expand
 from dydit.models.checkpoints.public_dit import infer_arguments
 from dydit.models.checkpoints.public_dydit import TABLE, has_routers, head_candidates, infer_routing
 from dydit.models.checkpoints.sources import TensorSource
+from dydit.models.fixed_positions import NAME as POSITIONS
 
 
 def load_dydit(
@@ -121,8 +122,17 @@ def _load_folder(place: Path, dtype: torch.dtype | None) -> DyDiT:
     source = open_weights(place)
     _check_settings(source, settings)
     return load_model(
-        lambda: DyDiT(**settings), lambda blueprint: expand(IDENTITY, blueprint, 0), source, dtype
+        lambda: DyDiT(**settings),
+        lambda blueprint: expand(IDENTITY, _stored(blueprint, source), 0),
+        source,
+        dtype,
     )
+
+
+def _stored(blueprint: Mapping[str, Tensor], source: TensorSource) -> list[str]:
+    """Names of our tensors without the fixed positions where a file leaves them out: they are computed."""
+    computed = f"backbone.{POSITIONS}"
+    return [name for name in blueprint if name != computed or name in source.facts]
 
 
 def _check_settings(source: TensorSource, settings: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
 from dydit.export.artefact import read_artefact, write_artefact
 from dydit.export.fingerprint import weights_sha256
+from dydit.routing.routing import first_nan
 from dydit.shapes import ModelShape
 
 
@@ -75,7 +76,8 @@ class SubnetSchedule:
             sampler, capacities, calibration: kept as they are (see the attributes).
 
         Raises:
-            ScheduleError: no timestep, or one twice, or capacities that do not fit.
+            ScheduleError: no timestep, or one twice, capacities that do not fit, or a router that gives NaN
+                (names it and its block).
         """
         steps = [float(t) for t in timesteps]
         distinct_steps = {_key(t) for t in steps}
@@ -235,8 +237,15 @@ def _width_masks(model: DyDiT, timesteps: list[float]) -> tuple[np.ndarray, np.n
         device = next(model.parameters()).device
         embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(timesteps, device=device))
         heads, groups = model.width_gates(embedding)
+        logits = model.width_logits(embedding)
     finally:
         model.train(training)
+    if broken := first_nan(dict(zip(("head_router", "group_router"), logits, strict=True))):
+        raise ScheduleError(
+            f"the logits of router {broken} are NaN",
+            expected="numbers",
+            remedy="export an earlier checkpoint",
+        )
     return heads.bool().cpu().numpy(), groups.bool().cpu().numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,27 @@ class RoutingLogits:
     heads: Tensor
     groups: Tensor
     tokens: Tensor
+
+    def first_nan(self) -> str:
+        """Name of the first router that gave NaN, in the order of a forward; empty if none did.
+
+        NaN is no decision, and a thresholded gate takes it for closed. Waits for the device.
+        """
+        # All widths are decided before the first block, tokens block by block.
+        width = first_nan({"head_router": self.heads, "group_router": self.groups})
+        return width or first_nan({"token_router": self.tokens})
+
+
+def first_nan(logits: Mapping[str, Tensor]) -> str:
+    """Name of the first router whose logits (…, L, K) hold NaN, block by block; empty if none do.
+
+    Args:
+        logits: kind of router -> its logits in all blocks.
+    """
+    broken = {kind: values.isnan().any(-1).flatten(0, -2).any(0).tolist() for kind, values in logits.items()}
+    depth = max(map(len, broken.values()))
+    found = [(block, kind) for block in range(depth) for kind in broken if broken[kind][block]]
+    return f"dynamic_blocks.{found[0][0]}.routers.{found[0][1]}" if found else ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from dydit.config import DyDiTConfig
 from dydit.dynamic.compute_loss import compute_loss, compute_ratio
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
-from dydit.errors import ShapeError
+from dydit.dynamic.loading import load_dydit
+from dydit.errors import ConfigError, ShapeError
 from dydit.routing.gates import GateNoise
 from dydit.routing.routing import Routing
 from dydit.shapes import CONDITIONINGS
@@ -223,3 +225,81 @@ def test_null_label_and_scopes() -> None:
     assert model.null_label == 10
     modules = dict(model.named_modules())
     assert len(model.mac_scopes()) == 2 and all(scope in modules for scope in model.mac_scopes().values())
+
+
+def test_thresholds_change_evaluation_and_what_is_saved(tmp_path: Path) -> None:
+    model = small_dydit(config=DyDiTConfig(token_router_ratio=4, mlp_groups=8))
+    batch = mixed_batch(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(*batch, return_routing=True)[1].logits
+    model.set_thresholds(0.3, 0.8)
+    changed, routing = model(*batch, return_routing=True)
+    for gates, found, threshold in zip(gates_of(routing), gates_of(logits), (0.3, 0.3, 0.8), strict=True):
+        # The last block's tokens depend on what the first one does.
+        assert torch.equal(gates[:, 0], (found[:, 0].sigmoid() > threshold).float())
+    assert model.routing_config.mlp_groups == 8
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    loaded = load_dydit(tmp_path)
+    assert (loaded.routing_config.threshold, loaded.routing_config.token_threshold) == (0.3, 0.8)
+    assert torch.equal(loaded(*batch), changed)
+
+
+def test_thresholds_there_and_back_change_nothing() -> None:
+    model = small_dydit()
+    before, config = model(*mixed_batch(model)), model.config.dydit
+    model.set_thresholds(0.999, 0.001)
+    assert not torch.equal(model(*mixed_batch(model)), before)
+    model.set_thresholds(0.5, 0.5)
+    assert torch.equal(model(*mixed_batch(model)), before) and model.config.dydit == config
+
+
+@pytest.mark.parametrize("thresholds", [(0.0, 0.5), (0.5, 1.0), (1.5, 0.5), (0.5, float("nan"))])
+def test_thresholds_out_of_range_are_refused_and_nothing_changes(thresholds: tuple[float, float]) -> None:
+    model = small_dydit()
+    with pytest.raises(ConfigError, match="threshold"):
+        model.set_thresholds(*thresholds)
+    assert (model.routing_config.threshold, model.routing_config.token_threshold) == (0.5, 0.5)
+    assert all(routers.config == model.routing_config for routers in model.routers)
+
+
+def test_capacities_take_that_many_tokens_of_every_sample() -> None:
+    model = small_dydit()
+    N = model.shape.tokens
+    for capacities in ([0, N], [N, 0], [5, 11]):
+        _, routing = model(*mixed_batch(model), capacities=capacities, return_routing=True)
+        assert routing.tokens.sum(-1).tolist() == [capacities] * 3
+        scores = routing.logits.tokens
+        kept = routing.tokens > 0
+        lowest_kept = scores.masked_fill(~kept, torch.inf).amin(-1)
+        assert (lowest_kept >= scores.masked_fill(kept, -torch.inf).amax(-1)).all()
+
+
+def test_capacity_of_all_tokens_is_the_threshold_that_keeps_all() -> None:
+    model = small_dydit()
+    every = model(*mixed_batch(model), capacities=[model.shape.tokens] * 2)
+    _, routing = model(*mixed_batch(model), return_routing=True)
+    opened = dataclasses.replace(routing, tokens=torch.ones_like(routing.tokens))
+    assert relative_error(every, model(*mixed_batch(model), routing=opened)) < 1e-6
+
+
+@pytest.mark.parametrize("capacities", [[1], [1, 2, 3], [-1, 3], [17, 3]])
+def test_capacities_that_do_not_fit(capacities: list[int]) -> None:
+    model = small_dydit()
+    with pytest.raises(ShapeError, match=r"capacities \[.*expected 2 numbers of tokens, 0 to 16 each"):
+        model(*mixed_batch(model), capacities=capacities)
+
+
+def test_capacities_are_for_evaluation_and_for_routers_that_decide() -> None:
+    model = small_dydit()
+    batch = mixed_batch(model)
+    _, routing = model(*batch, return_routing=True)
+    with pytest.raises(ConfigError, match="capacities together with other gates"):
+        model(*batch, capacities=[3, 3], routing=routing)
+    with pytest.raises(ConfigError, match="capacities together with other gates"):
+        model(*batch, capacities=[3, 3], complete=True)
+    with pytest.raises(ConfigError, match=r"capacities in training mode.*call eval\(\)"):
+        model.train()(*batch, capacities=[3, 3])
+    without = small_dydit(config=DyDiTConfig(token_routing=False))
+    with pytest.raises(ShapeError, match="expected 2 numbers of tokens, 16 to 16 each"):
+        without(*batch, capacities=[16, 15])

@@ -1,20 +1,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from core_builders import TIMESTEPS, random_masks, route_widths, small_dit, small_dydit
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dydit.config import DyDiTConfig
 from dydit.costs import static_macs
 from dydit.dynamic.compute_loss import compute_ratio
 from dydit.dynamic.convert import convert
+from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
+from dydit.export.artefact import read_artefact, write_artefact
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.routing.routing import Routing
+from dydit.runtime.packing import pack_block
 from dydit.shapes import CONDITIONINGS
 
 
@@ -99,3 +107,95 @@ def test_the_manifest_is_plain_json_and_says_what_belongs_together() -> None:
     assert manifest["thresholds"] == {"width": 0.5, "tokens": 0.5}
     assert manifest["sampler"] == {"name": "ddim", "steps": 3}
     assert manifest["macs_per_timestep_all_tokens"] == schedule.macs_per_timestep().tolist()
+
+
+def capacities_of(model: DyDiT, seed: int = 0) -> np.ndarray:
+    """Capacities (S, L), with none and all among them."""
+    N = model.shape.tokens
+    drawn = np.random.default_rng(seed).integers(0, N + 1, (len(TIMESTEPS), model.shape.depth))
+    drawn[0, 0], drawn[1, 1] = 0, N
+    return drawn
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
+def test_capacities_and_calibration_are_saved_and_loaded(conditioning: str, tmp_path: Path) -> None:
+    model = small_dydit(conditioning=conditioning)
+    capacities = capacities_of(model)
+    found = {"target": 0.5, "ratio": {"before": 0.61, "after": 0.502}}
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities, calibration=found)
+    schedule.save(tmp_path)
+    loaded = SubnetSchedule.load(tmp_path)
+    assert loaded.capacities is not None and loaded.capacities.dtype == np.int32
+    assert (loaded.capacities == capacities).all()
+    assert loaded.calibration == found == loaded.manifest["calibration"]
+    assert (loaded.macs_per_timestep(loaded.capacities) == schedule.macs_per_timestep(capacities)).all()
+
+
+def test_a_schedule_from_before_there_were_capacities_loads(tmp_path: Path) -> None:
+    SubnetSchedule.from_model(small_dydit(), TIMESTEPS).save(tmp_path)
+    tensors, fields = read_artefact(tmp_path)
+    old = {name: value for name, value in fields.items() if name not in ("calibration", "view_share")}
+    write_artefact(tmp_path, tensors, old)
+    loaded = SubnetSchedule.load(tmp_path)
+    assert loaded.capacities is None and loaded.calibration == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c[:2], r"shape \(2, 2\) and type int32; expected int32 \(3, 2\)"),
+        (lambda c: c.astype(np.float32), r"type float32; expected int32"),
+        (lambda c: c - 1, r"capacities from -1 to 15; expected 0 to 16 tokens"),
+        (lambda c: c + 1, r"capacities from 1 to 17; expected 0 to 16 tokens"),
+    ],
+)
+def test_capacities_that_do_not_fit(change: Callable[[Any], Any], told: str) -> None:
+    model = small_dydit()
+    with pytest.raises(ScheduleError, match=told):
+        SubnetSchedule.from_model(model, TIMESTEPS, capacities=change(capacities_of(model)))
+
+
+def test_capacities_without_token_routers_are_all_tokens() -> None:
+    model = small_dydit(config=DyDiTConfig(token_routing=False))
+    every = np.full((3, 2), 16)
+    assert SubnetSchedule.from_model(model, TIMESTEPS, capacities=every).capacities.tolist() == every.tolist()
+    with pytest.raises(ScheduleError, match="capacity of 15 tokens for a model without token routers"):
+        SubnetSchedule.from_model(model, TIMESTEPS, capacities=every - 1)
+
+
+def test_broken_capacities_in_a_file(tmp_path: Path) -> None:
+    """With matching checksums, as another program would write them."""
+    model = small_dydit()
+    SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities_of(model)).save(tmp_path)
+    tensors, fields = read_artefact(tmp_path)
+    for broken in (tensors["capacities"][:1], tensors["capacities"] + 1, tensors["capacities"].astype(float)):
+        write_artefact(tmp_path, {**tensors, "capacities": broken}, fields)
+        with pytest.raises(ScheduleError, match="capacities"):
+            SubnetSchedule.load(tmp_path)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_view_share_counts_the_packings_that_copy_nothing(seed: int) -> None:
+    model = small_dydit(mixed=False)
+    heads, groups = random_masks(seed, len(TIMESTEPS), model.shape, always_on=False)
+    heads[..., 0] = groups[..., 0] = True
+    route_widths(model, TIMESTEPS, heads, groups)
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS)
+    blocks = model.adapter.blocks(model.backbone)
+    weights = [(model.adapter.attention(block), model.adapter.mlp(block)) for block in blocks]
+    copied = [
+        pack_block(*weights[block], heads[step, block], groups[step, block]).copied_bytes
+        for step in range(len(TIMESTEPS))
+        for block in range(model.shape.depth)
+    ]
+    assert schedule.view_share == pytest.approx(np.mean([not bytes_ for bytes_ in copied]))
+
+
+@pytest.mark.parametrize("kind", ["head_router", "group_router"])
+def test_a_router_that_gives_nan_is_refused_by_name(kind: str) -> None:
+    """Thresholded, NaN would count as closed, and the schedule would look like any other."""
+    model = small_dydit()
+    with torch.no_grad():
+        getattr(model.routers[1], kind).router.bias[0] = torch.nan
+    with pytest.raises(ScheduleError, match=rf"router dynamic_blocks\.1\.routers\.{kind} are NaN; expected"):
+        SubnetSchedule.from_model(model, TIMESTEPS)

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from core_builders import small_dit
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from dydit.routing.gates import GateNoise, logistic_noise, logit, threshold_gate, training_gate
+from dydit.routing.gates import GateNoise, centred, logistic_noise, logit, threshold_gate, training_gate
 
 DRAWS = 20_000
 
@@ -122,3 +124,44 @@ def test_drawn_noise_fits_the_model_and_its_generator() -> None:
     assert (one.heads.shape, one.groups.shape, one.tokens.shape) == ((3, 2, 4), (3, 2, 8), (3, 2, 18))
     assert torch.equal(one.tokens, again.tokens) and not torch.equal(one.tokens, other.tokens)
     assert one.temperature is None
+
+
+def test_a_threshold_of_one_half_changes_nothing_to_the_bit() -> None:
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    noise = logistic_noise(logits.detach())
+    assert centred(logits, 0.5) is logits
+    published = torch.sigmoid((logits + noise) / 5.0)
+    (expected,) = torch.autograd.grad(published.sum(), logits)
+    gates = training_gate(logits, 5.0, noise, threshold=0.5)
+    (found,) = torch.autograd.grad(gates.sum(), logits)
+    assert torch.equal(gates, (published > 0.5).float()) and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 5.0])
+@given(logit_value=st.floats(-20, 20), threshold=st.floats(0.05, 0.95))
+def test_training_and_evaluation_mean_the_same_threshold(
+    temperature: float, logit_value: float, threshold: float
+) -> None:
+    """At the middle of the noise, where chances are even, a gate is where evaluation has it."""
+    logits = torch.tensor(logit_value, dtype=torch.float64)
+    middle = training_gate(logits, temperature, torch.zeros_like(logits), threshold)
+    assume(abs(logit_value - logit(threshold)) > 1e-9)
+    assert middle == threshold_gate(logits, threshold)
+
+
+@pytest.mark.parametrize(("logit_value", "threshold"), [(1.0, 0.8), (-1.0, 0.2), (0.0, 0.7)])
+def test_a_gate_opens_with_the_probability_of_its_distance_to_the_threshold(
+    logit_value: float, threshold: float
+) -> None:
+    torch.manual_seed(0)
+    share = training_gate(torch.full((DRAWS,), logit_value), 5.0, threshold=threshold).mean().item()
+    probability = 1 / (1 + math.exp(logit(threshold) - logit_value))
+    assert share == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / DRAWS))
+    assert torch.sigmoid(centred(torch.tensor(logit_value), threshold)).item() == pytest.approx(probability)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_what_is_always_on_is_so_at_every_threshold(threshold: float) -> None:
+    logits = torch.tensor([torch.inf, torch.nan])
+    gates = training_gate(logits, 5.0, threshold=threshold)
+    assert gates[0] == 1.0 and gates[1].isnan()

@@ -41,11 +41,16 @@ def test_nested_logits_are_the_least_so_far(rows: list[list[float]]) -> None:
 def test_heads_and_groups_are_prefixes(seed: int, training: bool, threshold: float, always_on: bool) -> None:
     routers = nested_routers(seed, always_on=always_on, threshold=threshold).train(training)
     torch.manual_seed(seed)
-    timestep, tokens = torch.randn(16, 32), torch.randn(4, 9, 32)
+    timestep = torch.randn(16, 32)
     for gates in (routers.head_gates(timestep), routers.group_gates(timestep)):
         assert is_prefix(gates) and set(gates.unique().tolist()) <= {0.0, 1.0}
         assert not always_on or gates[:, 0].eq(1).all()
-    assert not is_prefix(routers.token_gates(tokens))  # tokens have no order
+
+
+def test_tokens_have_no_order() -> None:
+    routers, logits = nested_routers().eval(), torch.tensor([[-9.0, 9.0, -9.0, 9.0]])
+    assert routers.gate(logits, 0.5).tolist() == [[0.0, 1.0, 0.0, 1.0]]
+    assert routers.train().gate(logits, 0.5, torch.zeros(1, 4)).tolist() == [[0.0, 1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("noise", ["given", "drawn", "none"])
