@@ -149,7 +149,8 @@ class DataConfig(Section):
         description="folder of the data: looked up in the working directory, then beside the package",
     )
     image_size: PositiveInt | None = Field(
-        default=None, description="side of the images in pixels; empty: the model's"
+        default=None,
+        description="side of the images in pixels; empty: the data's own where it has one, else the model's",
     )
     batch_size: PositiveInt = Field(default=32, description="samples per process and step of the data loader")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="shapes only: other seeds, other images")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dydit.compute.counting import MacReport, count_macs
 from dydit.diffusion import Sampler
 from dydit.dynamic.dydit import DyDiT
+from dydit.errors import CheckpointError
 from dydit.routing.routing import Routing
 
 
@@ -51,8 +52,22 @@ def count_calls(module: nn.Module, calls: Sequence[Call]) -> list[MacReport]:
 
 @torch.no_grad()
 def route_calls(model: DyDiT, calls: Sequence[Call]) -> list[Routing]:
-    """What a DyDiT in evaluation decides in each call."""
-    return [model(call.x, call.t, call.y, return_routing=True)[1] for call in calls]
+    """What a DyDiT in evaluation decides in each call.
+
+    Raises:
+        CheckpointError: a router gives NaN, which would count as closed; names it and the timestep.
+    """
+    routings = []
+    for call in calls:
+        routing: Routing = model(call.x, call.t, call.y, return_routing=True)[1]
+        if broken := "" if routing.logits is None else routing.logits.first_nan():
+            raise CheckpointError(
+                f"the logits of router {broken} are NaN at timestep {call.t:g}",
+                expected="numbers",
+                remedy="take a checkpoint from before the run diverged",
+            )
+        routings.append(routing)
+    return routings
 
 
 @torch.no_grad()

@@ -15,14 +15,16 @@ from dydit.errors import DataError
 from dydit.latents.manifest import read_manifest
 from dydit.latents.shards import MIRRORED, PLAIN, READ_ERRORS, check_bytes, check_header, read_labels
 
+_POSTERIOR = 1  # marks the noise of posteriors among a run's seeded draws
+
 
 class CachedLatents:
     """A cache as training samples: item i is (latent (C, h, w) float32 at the model's scale, label).
 
     A latent is drawn from its posterior each time it is read, so that a run does not see one frozen draw:
-    ``(mean + std · noise − shift) · scaling_factor``. The noise comes from torch's global generator, whose
-    state is in a run's checkpoints. A cache made with flip has two items per image; the mirrored ones come
-    after all others.
+    ``(mean + std · noise − shift) · scaling_factor``. With ``[]`` the noise comes from torch's global
+    generator; with ``redraw``, as in training, it is a function of a key. A cache made with flip has two
+    items per image; the mirrored ones come after all others.
 
     Files are mapped, and one row is copied per item: the data set is never in memory.
 
@@ -33,7 +35,7 @@ class CachedLatents:
 
     Raises:
         DataError: the cache is not complete, or a shard is missing, altered or of another shape; names it.
-            From ``[]`` too, if that happens later.
+            From ``[]`` and ``redraw`` too, if that happens later.
     """
 
     def __init__(self, path: str | Path, sample: bool = True, verify: bool = True) -> None:
@@ -60,9 +62,19 @@ class CachedLatents:
         return len(self.labels) * (2 if self.settings.flip else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.redraw(index, int(torch.randint(2**62, ()))) if self.sample else self.redraw(index)
+
+    def redraw(self, index: int, *key: int) -> tuple[Tensor, int]:
+        """Item ``index`` with noise that depends on nothing but ``key`` and the index.
+
+        Args:
+            index: of the item.
+            key: whole numbers from 0 on: in a training run its seed and the epoch. So neither a restart nor
+                the process that reads the item changes it, and every epoch sees another draw.
+        """
         mirrored, image = divmod(index, len(self.labels))
         mean, std = self._posterior(image, MIRRORED if mirrored else PLAIN)
-        z = mean + std * _noise(mean.shape, index) if self.sample else mean
+        z = mean + std * _noise(mean.shape, index, key) if self.sample else mean
         vae = self.settings.vae
         return (z - vae.shift) * vae.scaling_factor, int(self.labels[image])
 
@@ -91,11 +103,8 @@ class CachedLatents:
         return shard, image - (int(self._ends[shard - 1]) if shard else 0)
 
 
-def _noise(shape: torch.Size, index: int) -> Tensor:
-    """Standard normal noise from torch's generator and the item's number.
-
-    The number counts because loader processes of different ranks start from the same seed.
-    """
-    draw = int(torch.randint(2**62, ()))
-    low, high = np.random.SeedSequence((draw, index)).generate_state(2)
+def _noise(shape: torch.Size, index: int, key: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, a pure function of its arguments."""
+    # The spawn key keeps it apart from whatever else a run seeds with its seed and two numbers.
+    low, high = np.random.SeedSequence((*key, index), spawn_key=(_POSTERIOR,)).generate_state(2)
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(high) << 32 | int(low)))

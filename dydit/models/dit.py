@@ -31,6 +31,7 @@ from dydit.models.embeddings import (
     check_per_sample,
     sincos_position_embedding,
 )
+from dydit.models.fixed_positions import computed_positions
 from dydit.models.presets import preset_arguments
 from dydit.shapes import ModelShape
 
@@ -205,6 +206,12 @@ class DiT(ModelMixin, ConfigMixin):
     def mac_parts(self) -> dict[str, str]:
         """Name of a layer -> its part in a MAC report."""
         return LAYER_PARTS
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> None:
+        """Called by ``from_pretrained`` with what it read: exported files leave the fixed positions out."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for name, tensor in computed_positions(self).items():
+            state_dict.setdefault(name, tensor)
 
     def _initialize_weights(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for embeddings, zero for modulations and the last layer."""

@@ -76,27 +76,55 @@ def stored_class(path: str | Path, revision: str | None = None) -> str:
     return "DyDiT" if has_routers(open_weights(place)) else "DiT"
 
 
-def _load_file(place: Path, dtype: torch.dtype | None, **asked: Any) -> DiT:
+def stored_sample_size(path: str | Path, revision: str | None = None) -> tuple[int, int]:
+    """Height and width of the input of a static backbone, without loading it.
+
+    Args:
+        path, revision: see ``load_backbone``.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no static backbone.
+    """
+    place = locate(path, revision)
     source = open_weights(place)
-    if has_routers(source):
-        raise CheckpointError(
-            f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit"
-        )
+    if place.is_file():
+        size = infer_arguments(_static(source, place))["sample_size"]
+    else:
+        class_name, settings = read_config(place)
+        size = _reader(place, class_name)[0](source, settings)["sample_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _load_file(place: Path, dtype: torch.dtype | None, **asked: Any) -> DiT:
+    source = _static(open_weights(place), place)
     arguments = infer_arguments(source, **asked)
     return _load_dit(source, arguments, dtype)
 
 
+def _static(source: TensorSource, place: Path) -> TensorSource:
+    if has_routers(source):
+        raise CheckpointError(
+            f"{place} holds a DyDiT", expected="a static DiT", remedy="load it with load_dydit"
+        )
+    return source
+
+
 def _load_folder(place: Path, dtype: torch.dtype | None) -> DiT:
     class_name, settings = read_config(place)
+    read_arguments, table, computed = _reader(place, class_name)
+    source = open_weights(place)
+    missing = [name for name in computed if name not in source.facts]
+    return _load_dit(source, read_arguments(source, settings), dtype, table, missing)
+
+
+def _reader(place: Path, class_name: str) -> _Reader:
     if class_name not in _FOLDERS:
         raise CheckpointError(
             f"{place} holds a {class_name}",
             expected="one of " + ", ".join(_FOLDERS),
             remedy="load it with load_dydit" if class_name == "DyDiT" else "",
         )
-    source = open_weights(place)
-    read_arguments, table, computed = _FOLDERS[class_name]
-    return _load_dit(source, read_arguments(source, settings), dtype, table, computed)
+    return _FOLDERS[class_name]
 
 
 def _load_dit(
@@ -142,9 +170,11 @@ def _legacy_settings(source: TensorSource, settings: dict[str, Any]) -> dict[str
 
 _ReadSettings = Callable[[TensorSource, dict[str, Any]], dict[str, Any]]
 
-# Class that a folder's config names -> constructor arguments, names of the tensors, tensors not stored.
-_FOLDERS: dict[str, tuple[_ReadSettings, tuple[Row, ...], tuple[str, ...]]] = {
-    "DiT": (_dit_settings, IDENTITY, ()),
+_Reader = tuple[_ReadSettings, tuple[Row, ...], tuple[str, ...]]
+
+# Class that a folder's config names -> constructor arguments, names of the tensors, what may be missing.
+_FOLDERS: dict[str, _Reader] = {
+    "DiT": (_dit_settings, IDENTITY, COMPUTED),
     "DiTTransformer2DModel": (_diffusers_settings, TABLE, COMPUTED),
     "Transformer2DModel": (_legacy_settings, TABLE, COMPUTED),
 }

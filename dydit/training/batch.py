@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Draws:
         noise: (B, C, H, W), standard normal.
         dropped: (B,) bool, labels that become the null class.
         flipped: (B,) bool, images that are mirrored left to right.
-        order: (B,) int64, a permutation; its head is the part that the warm-up term sees.
+        first: (), int64, position in the batch of all processes where the part begins that the warm-up sees.
         gates: noise of the routers' gates; None for a static model.
     """
 
@@ -33,7 +33,7 @@ class Draws:
     noise: Tensor
     dropped: Tensor
     flipped: Tensor
-    order: Tensor
+    first: Tensor
     gates: GateNoise | None = None
 
 
@@ -89,7 +89,7 @@ def draw(
         noise=key.mine(torch.randn(whole, *shape[1:], generator=generator, device=device)),
         dropped=uniform() < data.class_dropout,
         flipped=uniform() < (0.5 if data.flip else 0.0),
-        order=uniform().argsort(),
+        first=torch.randint(whole, (), generator=generator, device=device),
         gates=None if routed is None else _gate_noise(key, routed, whole, generator, device),
     )
 
@@ -99,6 +99,23 @@ def _gate_noise(
 ) -> GateNoise:
     drawn = GateNoise.draw(shape, whole, generator, device)
     return GateNoise(key.mine(drawn.heads), key.mine(drawn.groups), key.mine(drawn.tokens))
+
+
+class Part(NamedTuple):
+    """This process's share of a random part of the batch of all processes.
+
+    Attributes:
+        rows: which samples of this process's batch, int64 (m,).
+        weights: (m,), such that the sum of weights × losses, averaged over all processes, is the mean loss
+            over the part; None where that is the plain mean over ``rows``.
+    """
+
+    rows: Tensor
+    weights: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the part of ``values`` (m,), one per row."""
+        return values.mean() if self.weights is None else (self.weights * values).sum()
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,8 @@ class NoisyBatch:
         x_t: the two mixed according to ``t`` (B, C, H, W).
         t: timesteps (B,).
         y: labels (B,), some of them already the null class.
-        order: (B,) random permutation for ``part``.
+        first: where ``part`` begins (see ``Draws``).
+        rank, world: this process holds every ``world``-th sample of the batch of all, from ``rank`` on.
         gates: noise of the gates; a part of a batch has none, as only complete models see one.
     """
 
@@ -120,22 +138,41 @@ class NoisyBatch:
     x_t: Tensor
     t: Tensor
     y: Tensor
-    order: Tensor
+    first: Tensor
+    rank: int = 0
+    world: int = 1
     gates: GateNoise | None = None
 
-    def part(self, fraction: float) -> NoisyBatch:
-        """A random ``fraction`` of the batch, at least one sample; 1 is the batch itself."""
-        size = math.ceil(fraction * len(self.t))
-        if size == len(self.t):
-            return self
-        keep = self.order[:size]
-        fields = (self.x0, self.noise, self.x_t, self.t, self.y, self.order)
-        x0, noise, x_t, t, y, order = (field[keep] for field in fields)
-        return NoisyBatch(x0, noise, x_t, t, y, order)
+    def part(self, fraction: float) -> Part:
+        """This process's share of ``fraction`` of the batch of all processes, at least one sample of it.
+
+        The part is a window, from a random place on and round the end, of samples whose order is random
+        already. So it is the same samples for any number of processes, and each has as many of them as any
+        other, give or take one: who has one less takes a sample besides, at no weight.
+        """
+        whole = len(self.t) * self.world
+        size = math.ceil(fraction * whole)
+        if size == whole:
+            return Part(torch.arange(len(self.t), device=self.t.device))
+        share = math.ceil(size / self.world)
+        mine = (self.rank - self.first) % self.world  # the window's first sample that is here
+        places = mine + self.world * torch.arange(share, device=self.t.device)  # within the window
+        rows = (self.first + places) % whole // self.world
+        if size % self.world == 0:
+            return Part(rows)
+        return Part(rows, (places < size) * (self.world / size))
+
+    def select(self, rows: Tensor) -> NoisyBatch:
+        """The samples ``rows`` (m,) as a batch of its own, without noise for gates."""
+        fields = (self.x0, self.noise, self.x_t, self.t, self.y)
+        x0, noise, x_t, t, y = (field[rows] for field in fields)
+        return NoisyBatch(x0, noise, x_t, t, y, self.first, self.rank, self.world)
 
 
-def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int | Tensor | None) -> NoisyBatch:
-    """Mirror, corrupt, and drop labels as drawn."""
+def noisy_batch(
+    batch: Batch, draws: Draws, objective: Any, null_label: int | Tensor | None, rank: int = 0, world: int = 1
+) -> NoisyBatch:
+    """Mirror, corrupt, and drop labels as drawn for process ``rank`` of ``world``."""
     images = batch.images
     x0 = torch.where(draws.flipped[:, None, None, None], images.flip(-1), images)
     return NoisyBatch(
@@ -144,7 +181,9 @@ def noisy_batch(batch: Batch, draws: Draws, objective: Any, null_label: int | Te
         x_t=objective.corrupt(x0, draws.noise, draws.t),
         t=draws.t,
         y=_without(batch.labels, draws.dropped, null_label),
-        order=draws.order,
+        first=draws.first,
+        rank=rank,
+        world=world,
         gates=draws.gates,
     )
 

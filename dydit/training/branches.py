@@ -45,14 +45,14 @@ class Branches:
         """The complete model's loss on a part of the batch; None where the recipe has none (any more)."""
         if not self._warming_up("complete", step):
             return None
-        part = batch.part(self.cfg.warmup.fraction)
-        return complete_terms(self.model, objective, part, self.cfg.warmup.weight)
+        return complete_terms(self.model, objective, batch, self.cfg.warmup)
 
     def main(self, objective: Any, batch: NoisyBatch, step: int) -> LossTerms:
         """The loss of the static or dynamic model itself, and everything that shares its forward."""
         if self.cfg.task == "pretrain":
             return static_terms(self.model, objective, batch)
         teaching = self._warming_up("distill", step)
+        routing = self.plain.routing_config
         compares = teaching and self.cfg.warmup.feature_weight > 0
         with block_outputs(self.plain.dynamic_blocks if compares else ()) as features:
 
@@ -66,6 +66,7 @@ class Branches:
                 step=step,
                 mean_over_ranks=self.mean_over_ranks,
                 decisiveness=decisiveness_weight(self.cfg.gates, step),
+                thresholds=(routing.threshold, routing.token_threshold),
                 teach=teach if teaching else None,
             )  # fmt: skip
 

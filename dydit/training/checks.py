@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from dydit.config import RunConfig, TrainConfig
+from dydit.config import RunConfig, Section, TrainConfig
 from dydit.dynamic.compute_loss import minimum_ratio
 from dydit.errors import CheckpointError, ConfigError
 
@@ -38,8 +38,9 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
     accelerate's state turns FSDP on for processes with a GPU (or the like) and leaves it out, silently, for
     CPU ones; torch shards there as well, over gloo. The lines below are those that it runs for a GPU.
     """
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.device.type == "cpu"
+    # FSDP already: a second run in one process finds what the first one left.
+    if wanted and accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         # Every new AcceleratorState takes it over from there.
@@ -88,12 +89,25 @@ def check_same_run(cfg: RunConfig, saved: Mapping[str, Any]) -> None:
     """
     mine = cfg.model_dump(mode="json")
     for section in FIXED_SECTIONS:
-        if mine[section] != saved[section]:
-            change = _first_change(section, saved[section], mine[section])
+        before = _with_defaults(getattr(cfg, section), saved[section])
+        if mine[section] != before:
+            change = _first_change(section, before, mine[section])
             raise CheckpointError(
                 f"the checkpoint was made with {change}",
                 remedy=f"set {section} back, or start in another output_dir",
             )
+
+
+def _with_defaults(section: Any, saved: Any) -> Any:
+    """A saved section, and at its default what is new since: that means what was done before."""
+    if not isinstance(section, Section) or not isinstance(saved, Mapping):
+        return saved
+    new = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(section).model_fields.items()
+        if name not in saved and not field.is_required()
+    }
+    return {**saved, **new}
 
 
 def _first_change(key: str, saved: Any, mine: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,24 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
+
+
+@runtime_checkable
+class RedrawnImages(Protocol):
+    """A data set whose items chance has a part in: ``redraw`` gives one as a pure function of its arguments.
+
+    The trainer asks it with the run's seed and the epoch, so that resuming is exact with any number of loader
+    processes.
+    """
+
+    def redraw(self, index: int, *key: int) -> tuple[Tensor, Any]: ...
+
+
+class Visit(NamedTuple):
+    """A sample's turn: which one, and in which epoch."""
+
+    sample: int
+    epoch: int
 
 
 class Digits:
@@ -135,29 +153,35 @@ class CheckedSamples(Dataset):
 
     A value crosses from a loader process as it is; a raised error would come out wrapped in a traceback.
     With ``skip_bad`` the next good sample takes the place of a bad one.
+
+    Args:
+        dataset: the samples.
+        shape: of the model that they are for.
+        skip_bad: replace bad ones.
+        seed: of data sets that draw (``RedrawnImages``).
     """
 
-    def __init__(self, dataset: LabelledImages, shape: ModelShape, skip_bad: bool = False) -> None:
-        self.dataset = dataset
-        self.shape = shape
-        self.skip_bad = skip_bad
+    def __init__(
+        self, dataset: LabelledImages, shape: ModelShape, skip_bad: bool = False, seed: int = 0
+    ) -> None:
+        self.dataset, self.shape, self.skip_bad, self.seed = dataset, shape, skip_bad, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any] | DataError:
+    def __getitem__(self, visit: Visit) -> tuple[Tensor, Any] | DataError:
         tries = len(self) if self.skip_bad else 1
         result: tuple[Tensor, Any] | DataError = DataError("the data set has no samples")
         for offset in range(tries):
-            result = self._checked((index + offset) % len(self))
+            result = self._checked((visit.sample + offset) % len(self), visit.epoch)
             if not isinstance(result, DataError):
                 return result
         return result
 
-    def _checked(self, index: int) -> tuple[Tensor, Any] | DataError:
+    def _checked(self, index: int, epoch: int) -> tuple[Tensor, Any] | DataError:
         remedy = "repair it, or set data.on_bad=skip"
         try:
-            image, label = self.dataset[index]
+            image, label = self._read(index, epoch)
         except (OSError, ValueError) as problem:
             return DataError(f"sample {index} cannot be read: {problem}", remedy=remedy)
         if bad := _bad_label(label, self.shape):
@@ -168,6 +192,11 @@ class CheckedSamples(Dataset):
         if not image.isfinite().all():
             return DataError(f"sample {index} has values that are not finite", remedy=remedy)
         return image, label
+
+    def _read(self, index: int, epoch: int) -> tuple[Tensor, Any]:
+        if isinstance(self.dataset, RedrawnImages):
+            return self.dataset.redraw(index, self.seed, epoch)
+        return self.dataset[index]
 
 
 def _bad_label(label: Any, shape: ModelShape) -> tuple[str, str] | None:
@@ -198,8 +227,8 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-class ResumableBatches(Sampler[list[int]]):
-    """Endless batches of sample indices for one process, from any position on.
+class ResumableBatches(Sampler[list[Visit]]):
+    """Endless batches of samples for one process, from any position on.
 
     The stream of all processes together is the epochs' orders laid end to end; sample number k of it is
     ``epoch_order(length, seed, k // length)[k % length]``. A step takes the next ``world · batch`` samples,
@@ -221,17 +250,17 @@ class ResumableBatches(Sampler[list[int]]):
         self.length, self.seed, self.batch = length, seed, batch
         self.rank, self.world, self.position = rank, world, position
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         position, size = self.position, self.batch * self.world
         epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
-            indices = []
+            visits = []
             for number in range(position + self.rank, position + size, self.world):
                 if number // self.length != epoch:
                     epoch = number // self.length
                     order = epoch_order(self.length, self.seed, epoch)
-                indices.append(int(order[number % self.length]))
-            yield indices
+                visits.append(Visit(int(order[number % self.length]), epoch))
+            yield visits
             position += size
 
 
@@ -245,7 +274,7 @@ def batches(
         DataError: a sample is unreadable or its label lies outside the model's table (``on_bad`` raise).
     """
     loader = DataLoader(
-        CheckedSamples(dataset, shape, skip_bad=config.on_bad == "skip"),
+        CheckedSamples(dataset, shape, config.on_bad == "skip", seed),
         batch_sampler=ResumableBatches(len(dataset), seed, config.batch_size, rank, world, position),
         num_workers=config.num_workers,
         collate_fn=collate,

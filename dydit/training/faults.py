@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
+from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import NoisyBatch
 
 
@@ -24,22 +24,10 @@ def faulty_router(model: Any, batch: NoisyBatch | None) -> str:
     if batch is None:
         return ""
     _, routing = model(batch.x_t, batch.t, batch.y, return_routing=True, noise=batch.gates)
-    found = routing.logits and _first_nan(routing.logits)
-    return next((name for name in gather_object([found or ""]) if name), "")
+    return over_processes(routing.logits)
 
 
-def _first_nan(logits: Any) -> str:
-    # In the order of a forward: all widths are decided before the first block, then block by block.
-    kinds = {"head_router": logits.heads, "group_router": logits.groups}
-    for i in range(logits.heads.shape[1]):
-        for kind, values in kinds.items():
-            if _has_nan(values[:, i]):
-                return f"dynamic_blocks.{i}.routers.{kind}"
-    for i in range(logits.tokens.shape[1]):
-        if _has_nan(logits.tokens[:, i]):
-            return f"dynamic_blocks.{i}.routers.token_router"
-    return ""
-
-
-def _has_nan(values: Tensor) -> bool:
-    return bool(values.isnan().any())
+def over_processes(logits: RoutingLogits | None) -> str:
+    """``first_nan`` of the first process that has one. A collective."""
+    found = "" if logits is None else logits.first_nan()
+    return next((name for name in gather_object([found]) if name), "")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @contextmanager
@@ -32,12 +31,13 @@ def block_outputs(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def feature_distance(mine: Iterable[Tensor], wanted: Iterable[Tensor]) -> Tensor:
-    """Mean over the blocks of ‖f − f*‖² / ‖f*‖², for tokens f (B, N, D) against a teacher's f*.
+    """‖f − f*‖² / ‖f*‖² of each sample (B,), mean over the blocks, for tokens f (B, N, D) and a teacher's f*.
 
-    Relative, since tokens grow from block to block and the last ones would drown the others.
+    Relative, since tokens grow from block to block and the last ones would drown the others. For each sample
+    by itself, so that the mean over several processes is that of one with all samples.
     """
-    shares = [
-        F.mse_loss(a.float(), b.float()) / b.float().square().mean()
-        for a, b in zip(mine, wanted, strict=True)
-    ]
-    return torch.stack(shares).mean()
+    shares = []
+    for tokens, teachers in zip(mine, wanted, strict=True):
+        apart = (tokens.float() - teachers.float()).square().mean((1, 2))
+        shares.append(apart / teachers.float().square().mean((1, 2)))
+    return torch.stack(shares).mean(0)

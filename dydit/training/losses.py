@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dydit.adapters.registry import adapter_for
 from dydit.config import ComputeConfig, WarmupConfig
 from dydit.dynamic.compute_loss import compute_loss, ramped_target
+from dydit.routing.gates import centred
 from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import NoisyBatch
 from dydit.training.features import block_outputs, feature_distance
@@ -37,13 +37,15 @@ class LossTerms:
     parts: dict[str, Tensor]
 
 
-def diffusion_terms(objective: Any, output: Tensor, batch: NoisyBatch) -> LossTerms:
-    """The objective's own loss, averaged over the batch."""
+def diffusion_terms(
+    objective: Any, output: Tensor, batch: NoisyBatch, mean: Callable[[Tensor], Tensor] = torch.mean
+) -> LossTerms:
+    """The objective's own loss, averaged over the batch by ``mean``."""
     loss = objective.loss(output, batch.x0, batch.x_t, batch.noise, batch.t)
-    total = loss.total.mean()
-    parts = {"loss_diffusion": total.detach(), "loss_mse": loss.mse.detach().mean()}
+    total = mean(loss.total)
+    parts = {"loss_diffusion": total.detach(), "loss_mse": mean(loss.mse.detach())}
     if loss.vb is not None:
-        parts["loss_vb"] = loss.vb.detach().mean()
+        parts["loss_vb"] = mean(loss.vb.detach())
     return LossTerms(total, parts)
 
 
@@ -52,10 +54,20 @@ def static_terms(model: Any, objective: Any, batch: NoisyBatch) -> LossTerms:
     return diffusion_terms(objective, model(batch.x_t, batch.t, batch.y), batch)
 
 
-def complete_terms(model: Any, objective: Any, batch: NoisyBatch, weight: float) -> LossTerms:
-    """Warm-up, first way: the complete model (everything on, same weights) under the same diffusion loss."""
-    terms = diffusion_terms(objective, model(batch.x_t, batch.t, batch.y, complete=True), batch)
-    return LossTerms(weight * terms.total, {"loss_complete": terms.total.detach()})
+def complete_terms(model: Any, objective: Any, batch: NoisyBatch, warmup: WarmupConfig) -> LossTerms:
+    """Warm-up, first way: the complete model (everything on, same weights) under the same diffusion loss.
+
+    Args:
+        model: a DyDiT, possibly wrapped.
+        objective: the diffusion objective.
+        batch: the noisy batch.
+        warmup: weight, and the share of the batch.
+    """
+    part = batch.part(warmup.fraction)
+    seen = batch if warmup.fraction == 1 else batch.select(part.rows)
+    output = model(seen.x_t, seen.t, seen.y, complete=True)
+    terms = diffusion_terms(objective, output, seen, part.mean)
+    return LossTerms(warmup.weight * terms.total, {"loss_complete": terms.total.detach()})
 
 
 def teacher_terms(
@@ -71,34 +83,42 @@ def teacher_terms(
         warmup: weights, and the share of the batch.
     """
     part = batch.part(warmup.fraction)
-    rows = slice(None) if part is batch else batch.order[: len(part.t)]
+    seen = batch.select(part.rows)
     blocks = adapter_for(teacher).blocks(teacher) if features else ()
     with torch.no_grad(), block_outputs(blocks) as wanted:
-        target = teacher(part.x_t, part.t, part.y)
-    distance = F.mse_loss(output[rows].float(), target.float())
+        target = teacher(seen.x_t, seen.t, seen.y)
+    squares = (output[part.rows].float() - target.float()).square()
+    distance = part.mean(squares.flatten(1).mean(1))
     total, parts = warmup.weight * distance, {"loss_distill": distance.detach()}
     if features:
-        apart = feature_distance([tokens[rows] for tokens in features], wanted)
+        apart = part.mean(feature_distance([tokens[part.rows] for tokens in features], wanted))
         total = total + warmup.feature_weight * apart
         parts["loss_features"] = apart.detach()
     return LossTerms(total, parts)
 
 
-def indecision(logits: RoutingLogits) -> Tensor:
+def indecision(logits: RoutingLogits, width_threshold: float = 0.5, token_threshold: float = 0.5) -> Tensor:
     """Mean over all gates of 4·p·(1 − p), p the probability of being open in training; a scalar in [0, 1].
 
     0 where every gate is certain: noisy and thresholded gates are then the same. A gate without a router, or
     always on, is certain.
+
+    Args:
+        logits: of all gates.
+        width_threshold: score at which a head or group is open or closed with even chances.
+        token_threshold: the same for tokens.
     """
-    parts = (logits.heads, logits.groups, logits.tokens)
-    scores = torch.cat([part.float().flatten() for part in parts]).sigmoid()
+    parts = [centred(part.float(), width_threshold) for part in (logits.heads, logits.groups)]
+    parts.append(centred(logits.tokens.float(), token_threshold))
+    scores = torch.cat([part.flatten() for part in parts]).sigmoid()
     return (4 * scores * (1 - scores)).mean()
 
 
 def dynamic_terms(
     model: Any, objective: Any, batch: NoisyBatch, *, ratio_of: Callable[[Any], Tensor],
     compute: ComputeConfig, step: int, mean_over_ranks: MeanOverRanks,
-    decisiveness: float = 0.0, teach: Callable[[Tensor, NoisyBatch], LossTerms] | None = None,
+    decisiveness: float = 0.0, thresholds: tuple[float, float] = (0.5, 0.5),
+    teach: Callable[[Tensor, NoisyBatch], LossTerms] | None = None,
 ) -> LossTerms:  # fmt: skip
     """Diffusion loss of the dynamic model, its compute loss, and what is switched on besides.
 
@@ -111,6 +131,7 @@ def dynamic_terms(
         step: optimiser steps done, for the ramp.
         mean_over_ranks: a detached scalar of this process -> its mean over all processes.
         decisiveness: weight of ``indecision``; 0 leaves it out.
+        thresholds: of width and tokens, for ``indecision``.
         teach: (output, batch) -> the warm-up's distance to a teacher, weighted.
     """
     output, routing = model(batch.x_t, batch.t, batch.y, return_routing=True, noise=batch.gates)
@@ -121,7 +142,7 @@ def dynamic_terms(
     total = diffusion.total + compute.weight * spending
     parts = {**diffusion.parts, "loss_compute": spending.detach(), "ratio": ratio.detach()}
     if decisiveness > 0:
-        undecided = indecision(routing.logits)
+        undecided = indecision(routing.logits, *thresholds)
         total = total + decisiveness * undecided
         parts["indecision"] = undecided.detach()
     if teach is not None:

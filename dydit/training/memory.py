@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,18 +109,6 @@ class SavedForBackward:
 
     def _unpack(self, held: Any) -> Tensor:
         return held.tensor if isinstance(held, _Held) else held
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the GPU by torch's allocator, or of this whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # of this program alone; getrusage also counts what its parent had when it was started
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def describe_state(memory: StateMemory) -> str:

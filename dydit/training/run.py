@@ -6,14 +6,16 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from dydit.compute.machine import peak_memory
 from dydit.config import RunConfig, dump_config
 from dydit.costs import static_macs
 from dydit.dynamic.convert import convert
 from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone
 from dydit.training.data import LabelledImages, make_dataset
+from dydit.training.image_size import with_image_size
 from dydit.training.loop import OnStep, TrainResult, train
-from dydit.training.memory import MIB, SavedForBackward, describe_state, peak_memory, state_memory
+from dydit.training.memory import MIB, SavedForBackward, describe_state, state_memory
 from dydit.training.metrics import one_line
 from dydit.training.rng import scoped_rng
 from dydit.training.trainer import Trainer
@@ -38,6 +40,7 @@ def run_training(
         OutputError: the run folder cannot be written, or holds a run already.
         TrainingError: the loss stayed non-finite.
     """
+    cfg = with_image_size(cfg)
     dataset = make_dataset(cfg.data)
     with scoped_rng():
         set_seed(cfg.seed)

@@ -22,7 +22,7 @@ from dydit.training.branches import Branches
 from dydit.training.checkpoint import Snapshot
 from dydit.training.checks import check_dropout, check_same_run, check_target, make_accelerator
 from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
-from dydit.training.faults import faulty_router
+from dydit.training.faults import faulty_router, over_processes
 from dydit.training.losses import LossTerms
 from dydit.training.metrics import Window
 from dydit.training.optim import lr_factor, make_ema, make_optimizer, set_learning_rate, update_ema
@@ -149,7 +149,7 @@ class Trainer:
         """Executed share of the last batch with the gates of evaluation: thresholded, without noise.
 
         Training and evaluation differ: a head that is on with probability 0.75 in training always runs
-        afterwards. NaN before the first step.
+        afterwards. NaN before the first step, and where a router gives NaN, which is logged with its name.
         """
         batch = self._last
         if batch is None:
@@ -159,6 +159,9 @@ class Trainer:
             _, routing = self.model(batch.x_t, batch.t, batch.y, return_routing=True)
         finally:
             self.model.train()
+        if router := over_processes(routing.logits):
+            log.warning("step %d: evaluated, the logits of router %s are NaN", self.progress.step, router)
+            return math.nan
         return float(self.branches.mean_over_ranks(self.branches.ratio(routing).mean()))
 
     def snapshot(self, metrics: dict[str, float] | None = None) -> Snapshot:
@@ -259,7 +262,7 @@ class Trainer:
             # A tensor: a number that changes would be compiled anew at every step.
             gates = replace(draws.gates, temperature=torch.full((), value, device=device))
             draws = replace(draws, gates=gates)
-        return noisy_batch(Batch(images, labels), draws, self.objective, self.plain.null_label)
+        return noisy_batch(Batch(images, labels), draws, self.objective, self.plain.null_label, rank, world)
 
     def _stream(self) -> Any:
         return batches(

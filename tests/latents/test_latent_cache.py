@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,13 +19,14 @@ import torch
 from latent_builders import SIDE, save_image
 from safetensors.torch import load_file, save_file
 
-from dydit.config import DataConfig
+from dydit.config import DataConfig, RunConfig
 from dydit.errors import ConfigError, DataError, OutputError, ShapeError
 from dydit.latents import posteriors
 from dydit.latents.autoencoder import Autoencoder, load_autoencoder
 from dydit.latents.cache import CachedLatents
 from dydit.latents.image_folder import load_image, to_signed
 from dydit.shapes import ModelShape
+from dydit.training import run_training
 from dydit.training.data import batches, check_fits, make_dataset
 
 Encode = Callable[..., Any]
@@ -408,29 +410,83 @@ def test_latents_as_a_training_set(encode: Encode, images: Path, tmp_path: Path)
     assert len(make_dataset(DataConfig(name="latents", path=str(tmp_path / "cache"), image_size=SIDE))) == 14
 
 
-def test_a_resumed_run_on_latents_is_the_run_that_was_not_stopped(encode: Encode, tmp_path: Path) -> None:
-    from dydit.config import RunConfig
-    from dydit.training import run_training
+def test_a_draw_for_training_is_a_function_of_seed_epoch_and_sample(encode: Encode, tmp_path: Path) -> None:
+    encode(dtype="float32", flip=True)
+    cache = CachedLatents(tmp_path / "cache")
+    state = torch.get_rng_state()
+    first = cache.redraw(3, 7, 0)[0]
+    torch.manual_seed(1)
+    assert torch.equal(CachedLatents(tmp_path / "cache").redraw(3, 7, 0)[0], first)
+    for other in ((3, 7, 1), (3, 8, 0), (3, 0, 7)):
+        assert not torch.equal(cache.redraw(*other)[0], first)
+    torch.set_rng_state(state)
+    tensors = load_file(tmp_path / "cache" / "shard-00001.safetensors")
+    draws = torch.stack([cache.redraw(3, 7, epoch)[0] for epoch in range(400)])
+    assert torch.equal(torch.get_rng_state(), state)
+    noise = (draws / SCALE - tensors["mean"][0]) / tensors["std"][0]
+    count = noise.numel()
+    assert abs(noise.mean()) < 5 / math.sqrt(count) and abs(noise.var() - 1) < 5 * math.sqrt(2 / count)
 
+
+def latent_run(tmp_path: Path, name: str, steps: int, workers: int) -> RunConfig:
+    """Four samples a step of seven: an epoch ends within every other batch."""
+    model = {
+        "sample_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2,
+        "num_classes": 2,
+    }  # fmt: skip
+    return RunConfig(
+        task="pretrain",
+        output_dir=str(tmp_path / name),
+        model=model,
+        data={"name": "latents", "path": str(tmp_path / "cache"), "batch_size": 4, "num_workers": workers},
+        train={"steps": steps, "save_every": 2, "log_every": 1},
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_on_latents_is_the_run_that_was_not_stopped(
+    encode: Encode, tmp_path: Path, workers: int
+) -> None:
+    """Stopped at one number of loader processes, killed at another, resumed: the same bits."""
     encode()
-
-    def run(name: str, steps: int, resume: str | None = None) -> Any:
-        model = {
-            "sample_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 16, "depth": 1,
-            "num_heads": 2, "num_classes": 2,
-        }  # fmt: skip
-        config = RunConfig(
-            task="pretrain",
-            output_dir=str(tmp_path / name),
-            model=model,
-            data={"name": "latents", "path": str(tmp_path / "cache"), "batch_size": 4},
-            train={"steps": steps, "save_every": 2, "log_every": 1},
-        )
-        return run_training(config, resume)
-
-    straight = run("straight", 4)
-    run("stopped", 2)
-    resumed = run("stopped", 4, resume="auto")
+    straight = run_training(latent_run(tmp_path, "straight", 8, 0))
+    run_training(latent_run(tmp_path, "stopped", 2, workers))
+    assert kill_after(latent_run(tmp_path, "stopped", 8, workers), step=5) == -signal.SIGKILL
+    resumed = run_training(latent_run(tmp_path, "stopped", 8, workers), "auto")
     assert math.isfinite(straight.metrics["loss"])
     for name, weight in straight.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def kill_after(cfg: RunConfig, step: int) -> int:
+    """Resume ``cfg`` in a child that is killed after ``step``; its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+        def at_step(done: int, _metrics: Any) -> None:
+            if done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_training(cfg, "auto", callback=at_step)
+    finally:
+        os._exit(1)
+
+
+def test_every_epoch_sees_other_draws_and_loader_processes_change_nothing(
+    encode: Encode, tmp_path: Path
+) -> None:
+    encode()
+    taken = []
+    for workers in (0, 2):
+        config = DataConfig(name="latents", path=str(tmp_path / "cache"), batch_size=7, num_workers=workers)
+        stream = batches(make_dataset(config), config, SHAPE, seed=3)
+        taken.append(
+            [batch.images[batch.labels.argsort(stable=True)] for batch in itertools.islice(stream, 2)]
+        )
+    for alone, helped in zip(*taken, strict=True):
+        assert torch.equal(alone, helped)
+    one, two = (sorted(image.mean().item() for image in epoch) for epoch in taken[0])
+    assert all(a != b for a, b in zip(one, two, strict=True))

@@ -1,7 +1,8 @@
 """One process of a distributed run; ``test_training_distributed.py`` starts them, as a launcher would.
 
-Usage: one_rank.py CONFIG.yaml OUT. Trains as DDP, then again as FSDP, in one process group; the first rank
-writes to ``OUT/{ddp,fsdp}.pt`` what the test compares, and a checkpoint after the third step beside it.
+Usage: one_rank.py OUT CONFIG.yaml … Trains each configuration as DDP, then as FSDP, in one process group;
+the first rank writes to ``OUT/NAME-{ddp,fsdp}.pt`` what the test compares, and a checkpoint after the third
+step beside it, NAME being that of the configuration's file.
 """
 
 from __future__ import annotations
@@ -60,18 +61,19 @@ def observe(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
     return seen
 
 
-def main(config: str, out: Path) -> None:
-    cfg = load_config(config)
+def main(out: Path, configs: list[Path]) -> None:
     for kind in ("ddp", "fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp").lower()
-        AcceleratorState._reset_state()
-        seen = observe(cfg, out / kind)
-        if os.environ["RANK"] == "0":
-            torch.save(seen, out / f"{kind}.pt")
+        for config in configs:
+            AcceleratorState._reset_state()
+            name = f"{config.stem}-{kind}"
+            seen = observe(load_config(config), out / name)
+            if os.environ["RANK"] == "0":
+                torch.save(seen, out / f"{name}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

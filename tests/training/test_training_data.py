@@ -61,8 +61,9 @@ def test_digits_of_another_size_are_refused() -> None:
 
 def test_each_epoch_visits_every_sample_once_in_another_order() -> None:
     sampler = iter(ResumableBatches(12, seed=0, batch=5))
-    stream = [index for batch in itertools.islice(sampler, 12) for index in batch]  # 60 = 5 epochs
-    epochs = [stream[i : i + 12] for i in range(0, 60, 12)]
+    stream = [visit for batch in itertools.islice(sampler, 12) for visit in batch]  # 60 = 5 epochs
+    assert [visit.epoch for visit in stream] == [number // 12 for number in range(60)]
+    epochs = [[visit.sample for visit in stream[i : i + 12]] for i in range(0, 60, 12)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert epochs[2] == epoch_order(12, 0, 2).tolist()

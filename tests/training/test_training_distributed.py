@@ -54,26 +54,39 @@ def launch(script: Path, arguments: list[str]) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
 
 
-def settings(make: Callable[..., RunConfig], batch_size: int) -> RunConfig:
+# Warm-up on all of the batch, on a part that two processes cannot share evenly (5 of 16), and by a teacher.
+WARMUPS: dict[str, dict[str, Any]] = {
+    "whole": {"mode": "complete", "fraction": 1.0},
+    "part": {"mode": "complete", "fraction": 0.3},
+    "distill": {"mode": "distill", "fraction": 0.3, "feature_weight": 0.5},
+}
+KINDS = [(name, kind) for name in WARMUPS for kind in ("ddp", "fsdp")]
+
+
+def settings(make: Callable[..., RunConfig], batch_size: int, warmup: str = "whole") -> RunConfig:
     return make(
-        f"batch{batch_size}",
+        f"{warmup}{batch_size}",
         data={"batch_size": batch_size, "flip": True},
         train={"steps": 10, "clip_norm": None},
-        warmup={"mode": "complete", "steps": 2, "fraction": 1.0},
+        warmup={"steps": 2, **WARMUPS[warmup]},
         gates={"decisiveness": 0.1, "final_temperature": 0.5, "anneal_steps": 4},
     )
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dict[str, dict[str, Any]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dict[Any, dict[str, Any]]:
     """What ``one_rank.observe`` saw of one process with 16 samples, of DDP and of FSDP with 2 × 8."""
     out = tmp_path_factory.mktemp("distributed")
-    make = configs(backbone_folder, out)
-    config = out / "config.yaml"
-    config.write_text(dump_config(settings(make, 8)))
-    launch(Path(one_rank.__file__), [str(config), str(out)])
-    found = {kind: torch.load(out / f"{kind}.pt", weights_only=False) for kind in ("ddp", "fsdp")}
-    return {"one": one_rank.observe(settings(make, 16)), **found, "out": {"path": out}}
+    make, files = configs(backbone_folder, out), []
+    for name in WARMUPS:
+        files.append(out / f"{name}.yaml")
+        files[-1].write_text(dump_config(settings(make, 8, name)))
+    launch(Path(one_rank.__file__), [str(out), *map(str, files)])
+    found: dict[Any, dict[str, Any]] = {
+        (name, kind): torch.load(out / f"{name}-{kind}.pt", weights_only=False) for name, kind in KINDS
+    }
+    alone = {name: one_rank.observe(settings(make, 16, name)) for name in WARMUPS}
+    return {**alone, **found, "out": {"path": out}}
 
 
 def configs(backbone: Path, out: Path) -> Callable[..., RunConfig]:
@@ -88,16 +101,20 @@ def configs(backbone: Path, out: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_processes_run_as_what_was_asked_for(runs: dict[str, dict[str, Any]], kind: str) -> None:
-    assert runs[kind]["kind"] == {"ddp": "DistributedType.MULTI_CPU", "fsdp": "DistributedType.FSDP"}[kind]
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_process_routes_its_samples_as_one_process_would(
-    runs: dict[str, dict[str, Any]], kind: str
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_the_processes_run_as_what_was_asked_for(
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
 ) -> None:
-    (one,), parts = runs["one"]["gates"], runs[kind]["gates"]
+    assert (
+        runs[name, kind]["kind"] == {"ddp": "DistributedType.MULTI_CPU", "fsdp": "DistributedType.FSDP"}[kind]
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_every_process_routes_its_samples_as_one_process_would(
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
+) -> None:
+    (one,), parts = runs[name]["gates"], runs[name, kind]["gates"]
     assert len(parts) == 2
     for whole, *pieces in zip(one, *parts, strict=True):
         assert 0.1 < whole.mean() < 0.95  # there is something to compare
@@ -105,48 +122,50 @@ def test_every_process_routes_its_samples_as_one_process_would(
             assert torch.equal(piece, whole[rank::2])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_gradients_are_those_of_one_process_with_both_batches(
-    runs: dict[str, dict[str, Any]], kind: str
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
 ) -> None:
-    one, two = runs["one"]["gradients"], runs[kind]["gradients"]
-    assert one.keys() == two.keys() and any("router" in name for name in one)
-    for name, gradient in one.items():
-        torch.testing.assert_close(
-            two[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    one, two = runs[name]["gradients"], runs[name, kind]["gradients"]
+    assert one.keys() == two.keys() and any("router" in key for key in one)
+    for key, gradient in one.items():
+        torch.testing.assert_close(two[key], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_the_loss_series_is_the_same_compute_loss_included(
-    runs: dict[str, dict[str, Any]], kind: str
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
 ) -> None:
-    for step, (one, two) in enumerate(zip(runs["one"]["records"], runs[kind]["records"], strict=True)):
+    for step, (one, two) in enumerate(zip(runs[name]["records"], runs[name, kind]["records"], strict=True)):
         assert one.keys() == two.keys() and {"loss_compute", "ratio_eval", "indecision"} <= one.keys()
-        assert ("loss_complete" in one) == (step < 2)
+        assert (
+            {"whole": "loss_complete", "part": "loss_complete", "distill": "loss_features"}[name] in one
+        ) == (step < 2)
         assert two == pytest.approx(one, rel=1e-4, abs=1e-7), step
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_weights_and_averages_end_the_same(runs: dict[str, dict[str, Any]], kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_weights_and_averages_end_the_same(runs: dict[Any, dict[str, Any]], name: str, kind: str) -> None:
     for what in ("weights", "ema", "closed"):
-        assert runs[kind][what].keys() == runs["one"][what].keys()
-        for name, tensor in runs["one"][what].items():
-            torch.testing.assert_close(runs[kind][what][name], tensor, rtol=0, atol=ADAM_NOISE)
+        assert runs[name, kind][what].keys() == runs[name][what].keys()
+        for key, tensor in runs[name][what].items():
+            torch.testing.assert_close(runs[name, kind][what][key], tensor, rtol=0, atol=ADAM_NOISE)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_checkpoint_of_two_processes_continues_as_one(runs: dict[str, dict[str, Any]], kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_checkpoint_of_two_processes_continues_as_one(
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
+) -> None:
     out = runs["out"]["path"]
-    checkpoint = find_checkpoint(out / kind, "auto")
+    checkpoint = find_checkpoint(out / f"{name}-{kind}", "auto")
     assert checkpoint is not None
-    cfg = settings(configs(checkpoint_backbone(checkpoint), out), 16)
+    cfg = settings(configs(checkpoint_backbone(checkpoint), out), 16, name)
     dataset = make_dataset(cfg.data)
-    model, _ = build_model(cfg, dataset.num_classes)
-    trainer = Trainer(model, cfg, dataset)
+    model, teacher = build_model(cfg, dataset.num_classes)
+    trainer = Trainer(model, cfg, dataset, teacher)
     trainer.load(load_checkpoint(checkpoint))
     trainer.step()
-    assert trainer.metrics() == pytest.approx(runs["one"]["records"][-1], rel=1e-4, abs=1e-7)
+    assert trainer.metrics() == pytest.approx(runs[name]["records"][-1], rel=1e-4, abs=1e-7)
 
 
 def checkpoint_backbone(checkpoint: Path) -> Path:

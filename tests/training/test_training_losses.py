@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dydit import DyDiT, DyDiTConfig, convert, load_backbone
 from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig, WarmupConfig
 from dydit.diffusion import make_objective
 from dydit.dynamic.compute_loss import compute_ratio
+from dydit.routing.gates import logit
 from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
 from dydit.training.data import Batch
@@ -121,7 +125,7 @@ def test_both_branches_see_the_same_noise_timesteps_and_dropped_labels(
     model: DyDiT, batch: NoisyBatch
 ) -> None:
     recorder = Recorder(model)
-    complete_terms(recorder, OBJECTIVE, batch.part(1.0), weight=1.0)
+    complete_terms(recorder, OBJECTIVE, batch, WarmupConfig())
     terms(model, batch)  # the shape of the call is the same with or without a recorder
     dynamic_terms(
         recorder, OBJECTIVE, batch, ratio_of=lambda r: compute_ratio(model.shape, model.routing_config, r),
@@ -138,7 +142,7 @@ def test_the_complete_branch_is_the_backbones_own_loss_times_the_weight(
 ) -> None:
     backbone = load_backbone(backbone_folder)
     model = convert(backbone, DyDiTConfig(open_bias=0.0))
-    found = complete_terms(model, OBJECTIVE, batch, weight=3.0)
+    found = complete_terms(model, OBJECTIVE, batch, WarmupConfig(weight=3.0))
     torch.testing.assert_close(found.total, 3.0 * static_terms(backbone, OBJECTIVE, batch).total)
 
 
@@ -181,6 +185,32 @@ def test_indecision_is_largest_at_even_odds_and_nothing_for_what_is_certain() ->
     logits = RoutingLogits(*(torch.full((2, 3, 4), 1.0, requires_grad=True) for _ in range(3)))
     indecision(logits).backward()
     assert logits.heads.grad is not None and (logits.heads.grad < 0).all()  # descending opens it further
+
+
+@given(
+    width=st.floats(0.05, 0.95),
+    tokens=st.floats(0.05, 0.95),
+    away=st.floats(0.1, 10),
+    sign=st.sampled_from([-1, 1]),
+)
+def test_indecision_is_largest_at_the_thresholds(width: float, tokens: float, away: float, sign: int) -> None:
+    def at(distance: float) -> float:
+        cuts = (logit(width), logit(width), logit(tokens))
+        logits = RoutingLogits(*(torch.full((2, 3, 4), cut + distance) for cut in cuts))
+        return indecision(logits, width, tokens).item()
+
+    p = 1 / (1 + math.exp(-away))
+    assert at(0.0) == pytest.approx(1.0, abs=1e-5)
+    assert at(sign * away) == pytest.approx(4 * p * (1 - p), rel=1e-3, abs=1e-6)
+
+
+def test_the_models_own_thresholds_count(model: DyDiT, batch: NoisyBatch) -> None:
+    model.set_thresholds(0.8, 0.3)
+    torch.manual_seed(1)
+    found = terms(model, batch, decisiveness=0.5, thresholds=(0.8, 0.3))
+    torch.manual_seed(1)
+    _, routing = model(batch.x_t, batch.t, batch.y, return_routing=True)
+    assert found.parts["indecision"] == indecision(routing.logits, 0.8, 0.3) != indecision(routing.logits)
 
 
 def test_decisiveness_is_added_with_its_weight(model: DyDiT, batch: NoisyBatch) -> None:

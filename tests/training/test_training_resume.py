@@ -19,7 +19,7 @@ import torch
 from dydit.config import RunConfig
 from dydit.errors import CheckpointError, OutputError
 from dydit.training import TrainResult, checkpoint, run_training
-from dydit.training.checkpoint import load_checkpoint, verify
+from dydit.training.checkpoint import Snapshot, load_checkpoint, verify
 
 MakeConfig = Callable[..., RunConfig]
 CLOCK = ("images_per_s", "eta_s")  # what no two runs have in common
@@ -233,6 +233,19 @@ def test_a_checkpoint_of_another_run_is_refused(
     run_training(make_config(train={"steps": 4}))
     with pytest.raises(CheckpointError, match=message):
         run_training(make_config(train={"steps": 8}, **change), resume="auto")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(make_config: MakeConfig) -> None:
+    """What is new has a default that means what was done before."""
+    first = run_training(make_config(train={"steps": 4}))
+    assert first.checkpoint is not None
+    saved = load_checkpoint(first.checkpoint)
+    older = {**saved.state, "config": json.loads(json.dumps(saved.state["config"]))}
+    del older["config"]["dydit"]["nested"]
+    checkpoint.save_checkpoint(Path(make_config("older").output_dir), Snapshot(4, saved.tensors, older))
+    assert run_training(make_config("older", train={"steps": 5}), resume="auto").steps == 5
+    with pytest.raises(CheckpointError, match=r"dydit\.nested=False, this run has dydit\.nested=True"):
+        run_training(make_config("older", train={"steps": 6}, dydit={"nested": True}), resume="auto")
 
 
 def test_a_resumed_run_may_have_more_steps_and_another_rate(make_config: MakeConfig) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from dydit.config import RunConfig
 from dydit.errors import ConfigError
@@ -60,6 +61,30 @@ def test_tensorboard_gets_settings_and_every_record(
     for line in map(json.loads, lines):
         for name in line.keys() - {"step"}:
             assert (name, line[name], line["step"]) in written
+
+
+def test_what_tensorboard_wrote_is_metrics_jsonl(make_config: Callable[..., RunConfig]) -> None:
+    """TensorBoard itself, its files read back; a resumed run goes on in the same folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"log_every": 1, "save_every": 2, "trackers": ["tensorboard"]}
+    run_training(make_config(train={"steps": 2, **settings}))
+    cfg = make_config(train={"steps": 4, **settings})
+    run_training(cfg, resume="auto")
+    folder = Path(cfg.output_dir) / "tensorboard"
+    found: dict[tuple[str, int], float] = {}
+    for file in folder.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for name in events.Tags()["scalars"]:
+            found.update({(name, event.step): event.value for event in events.Scalars(name)})
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    wanted = {(name, r["step"]): r[name] for r in records for name in r if name != "step"}
+    assert len(records) == 4 and found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key  # event files hold float32
+    (written, *_) = folder.glob("*/hparams.yml")
+    assert yaml.safe_load(written.read_text())["train.steps"] in (2, 4)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(
