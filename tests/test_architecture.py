@@ -12,13 +12,14 @@ PACKAGE = Path(dydit.__file__).parent
 # Parts by floor, from the ground up.
 STOREYS = (
     "errors files",
-    "shapes costs guidance",
+    "shapes costs guidance precision",
     "config models routing diffusion",
     "adapters",
     "dynamic",
-    "export runtime compute",
+    "export runtime compute deployment",
     "latents training evaluation",
     "report",
+    "benchmark",
     "quickstart cli",
 )
 FLOORS = {part: floor for floor, parts in enumerate(STOREYS) for part in parts.split()}

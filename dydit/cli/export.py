@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit.cli.sampler_options import Sampler, Steps, sampler_settings
-from dydit.errors import OutputError
+from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
+from dydit.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from dydit.config import SamplerConfig
+    from dydit.dynamic.dydit import DyDiT
+    from dydit.export.calibration import Calibration
+    from dydit.export.schedule import SubnetSchedule
 
 _MANIFEST = "manifest.json"
+
+
+class AotDtype(str, Enum):
+    """Precisions to run in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def torch_name(self) -> str:
+        """The name in torch."""
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.value]
 
 
 def export(
@@ -20,30 +40,218 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; an export that is there is replaced.")],
     sampler: Sampler = None,
     steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    guided_channels: GuidedChannels = None,
     with_weights: Annotated[
         bool, typer.Option("--with-weights", help="Put the weights beside the schedule.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Move the thresholds until the mean compute is the target.")
+    ] = False,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Compute ratio for --calibrate; without it the run's own.", show_default=False),
+    ] = None,
+    capacity: Annotated[
+        bool, typer.Option("--capacity", help="Also choose a fixed number of tokens per timestep and block.")
+    ] = False,
+    capacity_multiple: Annotated[
+        int | None,
+        typer.Option(min=1, help="Round these numbers to multiples of this.", show_default="1"),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Trajectories of the calibration set.")] = 8,
+    calibration_seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration set.")] = 0,
+    order: Annotated[
+        bool,
+        typer.Option("--order", help="Order heads and groups by use, so that most slices are views."),
+    ] = False,
+    aot: Annotated[
+        bool,
+        typer.Option("--aot", help="Write programs and weights beside it that run with torch alone."),
+    ] = False,
+    aot_dtype: Annotated[
+        AotDtype | None, typer.Option(help="Precision of these; without it the model's.", show_default=False)
+    ] = None,
+    aot_compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--aot-compile/--no-aot-compile",
+            help="Also compile them by AOTInductor for this machine; without it where there is a compiler.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a subnetwork for each sampling timestep."""
     _check_replaceable(out)
-    from dydit.cli.models import open_dydit, sampler_defaults
-    from dydit.diffusion import make_sampler
-    from dydit.export.schedule import SubnetSchedule
+    _check_together(calibrate, target, capacity, capacity_multiple)
+    _check_aot(aot, aot_dtype, aot_compile)
+    from dydit.cli.models import open_dydit, sampler_defaults, trained_target
     from dydit.files import new_folder
 
-    settings = sampler_settings(sampler_defaults(model), sampler, steps)
+    goal = _target(target, trained_target(model)) if calibrate else None
+    settings = sampler_settings(sampler_defaults(model), sampler, steps, guidance_scale, guided_channels)
     network = open_dydit(model)
-    timesteps = make_sampler(settings, network.shape.learn_sigma).timesteps
-    schedule = SubnetSchedule.from_model(network, timesteps, sampler=settings.model_dump())
+    found = None
+    if calibrate or capacity:
+        multiple = (capacity_multiple or 1) if capacity else None
+        found = _calibrate(network, settings, goal, calibration_samples, calibration_seed, multiple)
+    schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
         schedule.save(str(folder))
-        if with_weights:
+        if with_weights or order:
             network.save_pretrained(folder)
-    widths = schedule.heads.mean(), schedule.groups.mean()
-    typer.echo(
-        f"{out}: {settings.name}, {len(schedule.timesteps)} timesteps; "
-        f"{widths[0]:.1%} of heads and {widths[1]:.1%} of MLP groups are on"
+        compiled = _deploy(folder, network, schedule, aot_dtype, aot_compile) if aot else ""
+    typer.echo("\n".join([*_story(out, schedule, found, views_before), *([compiled] if compiled else [])]))
+
+
+def _deploy(
+    folder: Path, network: DyDiT, schedule: SubnetSchedule, dtype: AotDtype | None, compile: bool | None
+) -> str:
+    """Write the programs, and say what was written."""
+    import torch
+
+    from dydit.deployment.folder import compile_programs, compiler, write_deployment
+
+    if dtype is not None:
+        torch.nn.Module.to(network, getattr(torch, dtype.torch_name))
+    torch.nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
+    programs = write_deployment(folder, network, schedule)
+    wanted = compiler() is not None if compile is None else compile
+    if wanted:
+        compile_programs(folder, programs, progress=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    return (
+        f"deployment: {len(programs.programs)} programs{', compiled too' if wanted else ''}; "
+        f"the folder is {size / weights:.2f} times the weights"
     )
+
+
+def _calibrate(
+    network: DyDiT,
+    settings: SamplerConfig,
+    target: float | None,
+    samples: int,
+    seed: int,
+    capacity_multiple: int | None,
+) -> Calibration:
+    """See ``dydit.export.calibration.calibrate``; on the GPU if there is one."""
+    import torch
+
+    from dydit.diffusion import make_sampler
+    from dydit.export.calibration import calibrate
+
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    method = make_sampler(settings, network.shape.learn_sigma)
+    return calibrate(
+        network, method, target, samples, seed, capacity_multiple=capacity_multiple, progress=True
+    )
+
+
+def _read_off(
+    network: DyDiT, settings: SamplerConfig, found: Calibration | None, order: bool
+) -> tuple[SubnetSchedule, float | None]:
+    """The schedule and, where the network was put in order for it, the share of views before."""
+    from dydit.diffusion import make_sampler
+    from dydit.export.ordering import order_by_use
+    from dydit.export.schedule import SubnetSchedule
+
+    timesteps = make_sampler(settings, network.shape.learn_sigma).timesteps
+    facts = (found.capacities, found.to_json()) if found else (None, None)
+    schedule = SubnetSchedule.from_model(network, timesteps, settings.model_dump(), *facts)
+    if not order:
+        return schedule, None
+    order_by_use(network, schedule)
+    ordered = SubnetSchedule.from_model(network, timesteps, settings.model_dump(), *facts)
+    return ordered, schedule.view_share
+
+
+def _story(
+    out: Path, schedule: SubnetSchedule, found: Calibration | None, views_before: float | None
+) -> list[str]:
+    """What was written, one line for each step."""
+    name, count = schedule.sampler["name"], len(schedule.timesteps)
+    widths = schedule.heads.mean(), schedule.groups.mean()
+    lines = [
+        f"{out}: {name}, {count} timesteps; {widths[0]:.1%} of heads and {widths[1]:.1%} of MLP groups are on"
+    ]
+    if found and found.target is not None:
+        lines.append(
+            f"calibrated: compute ratio {found.ratio_before:.4f} -> {found.ratio_after:.4f} "
+            f"(target {found.target:g}), threshold of width {_score(found.before.width)} -> "
+            f"{_score(found.after.width)}, of tokens {_score(found.before.tokens)} -> "
+            f"{_score(found.after.tokens)}; "
+            f"{found.passes} passes over {found.samples} samples"
+        )
+    if found and found.chosen is not None:
+        chosen = found.chosen
+        lines.append(
+            f"capacity: compute ratio {chosen.ratio:.4f}, exact mode {found.ratio_after:.4f}; relative "
+            f"difference to it {chosen.call_difference:.3g} per call, {chosen.sample_difference:.3g} in "
+            "samples"
+        )
+    if views_before is not None:
+        lines.append(
+            f"ordered: {views_before:.1%} -> {schedule.view_share:.1%} of slices are views of the weights"
+        )
+    return lines
+
+
+def _score(threshold: float) -> str:
+    """A threshold as text, also where it is next to 1."""
+    return f"{threshold:.4g}" if threshold < 0.9995 else f"1 - {1 - threshold:.2g}"
+
+
+def _target(given: float | None, trained: float | None) -> float:
+    """The compute ratio to calibrate to.
+
+    Raises:
+        ConfigError: nobody says.
+    """
+    target = trained if given is None else given
+    if target is None:
+        raise ConfigError(
+            "--calibrate for a model that is no run's folder",
+            expected="a compute ratio, which a run's configuration would tell",
+            remedy="add --target",
+        )
+    return target
+
+
+def _check_together(
+    calibrate: bool, target: float | None, capacity: bool, capacity_multiple: int | None
+) -> None:
+    """Refuse an option that would do nothing.
+
+    Raises:
+        ConfigError: names it and the option that it belongs to.
+    """
+    for given, option, needed, owner in (
+        (target, "--target", calibrate, "--calibrate"),
+        (capacity_multiple, "--capacity-multiple", capacity, "--capacity"),
+    ):
+        if given is not None and not needed:
+            raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
+
+
+def _check_aot(aot: bool, dtype: AotDtype | None, compile: bool | None) -> None:
+    """Refuse an option of programs that are not to be written, and to compile without a compiler.
+
+    Raises:
+        ConfigError: says what to add or leave out.
+    """
+    for given, option in ((dtype, "--aot-dtype"), (compile, "--aot-compile")):
+        if given is not None and not aot:
+            raise ConfigError(f"{option} without --aot", remedy=f"add --aot, or leave {option} out")
+    if compile:
+        from dydit.deployment.folder import compiler
+
+        if compiler() is None:
+            raise ConfigError(
+                "--aot-compile without a C++ compiler",
+                expected="g++, or what CXX names",
+                remedy="install one, or leave --aot-compile out",
+            )
 
 
 def _check_replaceable(out: Path) -> None:

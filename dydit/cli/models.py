@@ -20,7 +20,7 @@ def open_dydit(path: str) -> DyDiT:
     Raises:
         CheckpointError: there is none, it is broken, or it is a static model.
     """
-    return load_dydit(_model_path(path))
+    return load_dydit(model_path(path))
 
 
 def open_model(path: str) -> DiT | DyDiT:
@@ -29,7 +29,7 @@ def open_model(path: str) -> DiT | DyDiT:
     Raises:
         CheckpointError: there is none, or it is broken.
     """
-    path = _model_path(path)
+    path = model_path(path)
     return load_dydit(path) if stored_class(path) == DyDiT.__name__ else load_backbone(path)
 
 
@@ -39,7 +39,14 @@ def sampler_defaults(path: str) -> dict[str, Any]:
     return {} if run is None else load_config(run / CONFIG_FILE).sampler.model_dump()
 
 
-def _model_path(path: str) -> str:
+def trained_target(path: str) -> float | None:
+    """Compute ratio of the fine-tuning run that ``path`` is the folder of; None where it is none."""
+    run = _run_folder(path)
+    config = None if run is None else load_config(run / CONFIG_FILE)
+    return None if config is None or config.task != "finetune" else config.compute.target
+
+
+def model_path(path: str) -> str:
     """Where the weights are: for a run, its exported averaged weights.
 
     Raises:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
-from dydit.errors import CheckpointError, DataError, ScheduleError
+from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
 
 if TYPE_CHECKING:
     from dydit.latents.autoencoder import Autoencoder
+
+
+class EngineMode(str, Enum):
+    """The modes of ``dydit.SubnetEngine``."""
+
+    EXACT = "exact"
+    CAPACITY = "capacity"
 
 
 def sample(
@@ -22,6 +30,13 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for samples.png and samples.safetensors.")],
     schedule: Annotated[
         Path | None, typer.Option(help="Export folder: run its subnetworks, with its sampler.")
+    ] = None,
+    mode: Annotated[
+        EngineMode | None,
+        typer.Option(
+            help="Tokens of the subnetworks: those above the threshold, or the export's capacities.",
+            show_default="exact",
+        ),
     ] = None,
     num: Annotated[
         int | None, typer.Option(min=1, help="Images in all; without it one per class.", show_default=False)
@@ -40,6 +55,8 @@ def sample(
 ) -> None:
     """Draw images of given classes."""
     classes = parse_labels(labels)
+    if mode is not None and schedule is None:
+        raise ConfigError("--mode without --schedule", remedy="add --schedule, or leave --mode out")
     import torch
 
     from dydit.cli.images import draw_images, write_images
@@ -61,7 +78,7 @@ def sample(
     if plan is not None:
         for timestep in method.timesteps:
             plan.index_of(timestep)  # a missing one is told before any work is done
-        network = SubnetEngine(network, plan)
+        network = SubnetEngine(network, plan, mode=mode.value if mode else "exact")
     check_writable(out)
     drawn = [classes[i % len(classes)] for i in range(num or len(classes))]
     images = draw_images(method, network, drawn, seed)

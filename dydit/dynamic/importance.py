@@ -45,11 +45,16 @@ def permute_heads(parts: AttentionParts, order: Tensor) -> None:
 
 @torch.no_grad()
 def permute_channels(parts: MlpParts, order: Tensor) -> None:
-    """Reorder the hidden channels in place: new channel i is old channel ``order[i]``."""
-    parts.fc1.weight.copy_(parts.fc1.weight[order])
-    if parts.fc1.bias is not None:
-        parts.fc1.bias.copy_(parts.fc1.bias[order])
-    parts.fc2.weight.copy_(parts.fc2.weight[:, order])
+    """Reorder the hidden channels in place: new channel i is old channel ``order[i]``.
+
+    With fewer numbers than channels, whole groups of equal size are reordered.
+    """
+    groups = (len(order), -1)
+    for tensor in (parts.fc1.weight, parts.fc1.bias):
+        if tensor is not None:
+            tensor.copy_(tensor.unflatten(0, groups)[order].flatten(0, 1))
+    weight = parts.fc2.weight
+    weight.copy_(weight.unflatten(1, groups)[:, order].flatten(1, 2))
 
 
 def permute_by_importance(adapter: Adapter, model: torch.nn.Module) -> None:

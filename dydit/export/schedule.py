@@ -23,7 +23,8 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
 from dydit.export.artefact import read_artefact, write_artefact
 from dydit.export.fingerprint import weights_sha256
-from dydit.routing.routing import first_nan
+from dydit.export.logits import timestep_logits
+from dydit.routing.gates import threshold_gate
 from dydit.shapes import ModelShape
 
 
@@ -228,25 +229,12 @@ class SubnetSchedule:
         return {_key(t): i for i, t in enumerate(self.timesteps)}
 
 
-@torch.no_grad()
 def _width_masks(model: DyDiT, timesteps: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Deployed masks of heads (S, L, H) and groups (S, L, G): thresholded, without noise."""
-    training = model.training
-    try:
-        model.eval()
-        device = next(model.parameters()).device
-        embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(timesteps, device=device))
-        heads, groups = model.width_gates(embedding)
-        logits = model.width_logits(embedding)
-    finally:
-        model.train(training)
-    if broken := first_nan(dict(zip(("head_router", "group_router"), logits, strict=True))):
-        raise ScheduleError(
-            f"the logits of router {broken} are NaN",
-            expected="numbers",
-            remedy="export an earlier checkpoint",
-        )
-    return heads.bool().cpu().numpy(), groups.bool().cpu().numpy()
+    logits = timestep_logits(model, timesteps)
+    threshold = model.routing_config.threshold
+    heads, groups = (threshold_gate(values, threshold).bool().cpu().numpy() for values in logits)
+    return heads, groups
 
 
 def _is_one_run(masks: np.ndarray) -> np.ndarray:

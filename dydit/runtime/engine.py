@@ -173,7 +173,7 @@ def _check_mode(mode: str, schedule: SubnetSchedule) -> None:
         raise ScheduleError(
             "a schedule without capacities",
             expected="the number of tokens per timestep and block, which mode capacity needs",
-            remedy="export again with --calibrate or --capacity",
+            remedy="export again with --capacity",
         )
 
 

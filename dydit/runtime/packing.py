@@ -30,7 +30,7 @@ class PackedBlock:
         out: weight (D, h·d) and bias (D,).
         fc1: weight (g·u, D) and bias; None when no group is active.
         fc2: weight (D, g·u) and bias (D,).
-        heads: h.
+        head_dim: d.
         copied_bytes: memory that the slices take beyond the original weights.
     """
 
@@ -38,7 +38,7 @@ class PackedBlock:
     out: Weights
     fc1: Weights | None
     fc2: Weights
-    heads: int
+    head_dim: int
     copied_bytes: int
 
 
@@ -55,7 +55,7 @@ def pack_block(
     fc1 = _take_rows(_detached_pair(mlp.fc1), group_index, units) if len(group_index) else None
     fc2 = _take(mlp.fc2.weight, group_index, units, 1), _detached(mlp.fc2.bias)
     return PackedBlock(
-        qkv, out, fc1, fc2, len(head_index), _copied_bytes([*qkv, out, fc1, fc2], _originals(attention, mlp))
+        qkv, out, fc1, fc2, head_dim, _copied_bytes([*qkv, out, fc1, fc2], _originals(attention, mlp))
     )
 
 

@@ -25,9 +25,9 @@ def sliced_attention(packed: PackedBlock, x: Tensor) -> Tensor:
         return x.new_zeros(B, N, D) if bias is None else bias.expand(B, N, D)
     projected = [F.linear(x, *layer) for layer in packed.qkv]
     if len(projected) == 1:
-        q, k, v = projected[0].view(B, N, 3, packed.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
+        q, k, v = projected[0].view(B, N, 3, -1, packed.head_dim).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
     else:
-        q, k, v = (p.view(B, N, packed.heads, -1).transpose(1, 2) for p in projected)
+        q, k, v = (p.view(B, N, -1, packed.head_dim).transpose(1, 2) for p in projected)
     attended = F.scaled_dot_product_attention(q, k, v)
     return F.linear(attended.transpose(1, 2).reshape(B, N, -1), *packed.out)
 

@@ -39,7 +39,7 @@ def shares_storage(one: Tensor, other: Tensor) -> bool:
 def test_everything_on_is_the_weights_themselves() -> None:
     attention, mlp = parts()
     packed = pack_block(attention, mlp, np.ones(H, bool), np.ones(G, bool))
-    assert packed.copied_bytes == 0 and packed.heads == H
+    assert packed.copied_bytes == 0 and packed.head_dim == D // H
     assert len(packed.qkv) == 1 and packed.fc1 is not None
     for tensor, original in (
         (packed.qkv[0][0], attention.qkv[0].weight),

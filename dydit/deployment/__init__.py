@@ -1,0 +1,1 @@
+"""Deployment folders: torch.export programs that run a schedule with torch alone."""

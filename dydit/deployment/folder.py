@@ -1,0 +1,96 @@
+"""The folder that ``dydit export --aot`` writes: programs, weights, schedule and the loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from dydit.deployment import loader
+from dydit.deployment.programs import Programs, export_programs
+from dydit.dynamic.dydit import DyDiT
+from dydit.errors import OutputError
+from dydit.export.schedule import SubnetSchedule
+from dydit.files import write_file
+from dydit.routing.gates import logit
+
+WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run.py", "programs"
+
+
+def write_deployment(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Programs:
+    """Write the programs, the weights that they share, and what runs them, beside the schedule.
+
+    Args:
+        folder: that holds the saved schedule.
+        model: on the device and in the dtype to run in.
+        schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    programs = export_programs(model, schedule)
+    try:
+        (folder / PROGRAMS).mkdir()
+        for name, program in programs.programs.items():
+            torch.export.save(program, folder / PROGRAMS / f"{name}.pt2")
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
+    except (OSError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
+        raise OutputError(f"{folder} cannot be written ({error})") from error
+    write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs), indent=1))
+    write_file(folder / LOADER, Path(loader.__file__).read_text())
+    return programs
+
+
+def compiler() -> str | None:
+    """The C++ compiler that AOTInductor would call; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def compile_programs(folder: Path, programs: Programs, progress: bool = False) -> None:
+    """Compile each program with AOTInductor, for this machine, beside the portable ones.
+
+    Raises:
+        OutputError: the compiler failed.
+    """
+    for name, program in tqdm(programs.programs.items(), "compile", disable=not progress):
+        path = folder / PROGRAMS / f"{name}.compiled.pt2"
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        except (OSError, RuntimeError) as error:  # torch's errors of the compiler are RuntimeErrors
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OutputError(
+                f"program {name} was not compiled ({reason})", remedy="export with --no-aot-compile"
+            ) from error
+
+
+def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:
+    weight = next(model.parameters())
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def layer(linear: torch.nn.Linear) -> list[str | None]:
+        return [names[id(linear.weight)], None if linear.bias is None else names[id(linear.bias)]]
+
+    blocks = []
+    for block, stages in zip(model.adapter.blocks(model.backbone), programs.blocks, strict=True):
+        attention, mlp = model.adapter.attention(block), model.adapter.mlp(block)
+        layers = {"out": layer(attention.out), "fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
+        blocks.append({"qkv": [layer(part) for part in attention.qkv], **layers, **stages})
+    return {
+        "torch_version": torch.__version__,
+        "device": weight.device.type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
+        "components": {"head_rows": model.shape.num_heads, "group_rows": model.shape.mlp_groups},
+        "token_logit": logit(schedule.routing.token_threshold),
+        "weights": WEIGHTS,
+        "programs": sorted(programs.programs),
+        "embed": programs.embed,
+        "decode": programs.decode,
+        "blocks": blocks,
+    }

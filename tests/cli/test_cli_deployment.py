@@ -1,0 +1,64 @@
+"""``dydit export --aot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from core_builders import randomize, relative_error, small_dydit, small_inputs
+
+from dydit.cli.app import main
+from dydit.deployment.loader import Deployment
+from dydit.dynamic.dydit import DyDiT
+from dydit.dynamic.loading import load_dydit
+from dydit.export.schedule import SubnetSchedule
+from dydit.runtime.engine import SubnetEngine
+
+EXPORT = ("--sampler", "ddim", "--steps", "4", "--guidance-scale", "1")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = small_dydit(0, mixed=False)
+    randomize(model.dynamic_blocks, 3)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(saved: Path, out: Path, *options: str) -> int:
+    return main(["export", str(saved), "--out", str(out), *EXPORT, *options])
+
+
+@pytest.mark.parametrize("options", [(), ("--capacity",), ("--aot-dtype", "bf16"), ("--order",)])
+def test_the_folder_runs_like_the_engine(saved: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    assert run(saved, out, "--aot", "--no-aot-compile", *options) == 0
+    dtype = torch.bfloat16 if "bf16" in options else torch.float32
+    schedule = SubnetSchedule.load(out)
+    model: DyDiT = load_dydit(out if "--order" in options else saved)
+    mode = "exact" if schedule.capacities is None else "capacity"
+    engine = SubnetEngine(model, schedule, dtype=dtype, mode=mode)  # type: ignore[arg-type]
+    x, y = small_inputs(model.shape)
+    for t in schedule.timesteps:
+        found, expected = Deployment(out)(x.to(dtype), t, y), engine(x.to(dtype), t, y)
+        assert found.dtype == dtype
+        assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("option", [("--aot-dtype", "bf16"), ("--aot-compile",), ("--no-aot-compile",)])
+def test_options_of_programs_that_are_not_written(
+    saved: Path, tmp_path: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(saved, tmp_path / "out", *option) == 2
+    assert "without --aot" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run(saved, tmp_path / "out", "--aot", "--aot-compile") == 2
+    assert "without a C++ compiler" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run(saved, tmp_path / "out", "--aot") == 0  # left out, it is done where it can be
+    assert not list((tmp_path / "out").rglob("*.compiled.pt2"))
