@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import dydit
+from dydit.cli.bench import bench
 from dydit.cli.convert_checkpoint import convert_checkpoint
 from dydit.cli.encode import encode
 from dydit.cli.export import export
@@ -46,6 +47,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     export: "dydit export runs/digits --steps 50 --out exports/digits",
     sample: "dydit sample runs/digits --labels 0,1,2 --num 12 --out samples",
     macs: "dydit macs DiT-XL/2 --sample-size 32",
+    bench: "dydit bench DiT-XL/2 --batch 2,8 --dtype fp32,bf16 --rounds 9 --out bench",
     convert_checkpoint: "dydit convert-checkpoint DiT-XL-2-256x256.pt DiT-XL-2-256",
     report: "dydit report quickstart",
 }

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dydit.cli.models import open_dydit, open_model, sampler_defaults
 from dydit.compute.analytic import executed_table, masked_table, static_table
+from dydit.compute.complete import Complete
 from dydit.compute.engine import EngineCall, count_engine
 from dydit.compute.on_meta import count_on_meta, like, noise_inputs
 from dydit.compute.table import MacTable
@@ -175,23 +175,6 @@ def need_steps(networks: Sequence[NetworkMacs]) -> list[NetworkMacs]:
     return found
 
 
-class _Complete(nn.Module):
-    """A DyDiT with everything on: its backbone, of whatever class."""
-
-    def __init__(self, model: DyDiT) -> None:
-        super().__init__()
-        self.model, self.shape = model, model.shape
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, t, y, complete=True)
-
-    def mac_scopes(self) -> dict[str, str]:
-        return {block: f"model.{scope}" for block, scope in self.model.mac_scopes().items()}
-
-    def mac_parts(self) -> dict[str, str]:
-        return self.model.mac_parts()
-
-
 def _dense(name: str, conditions: str, analytic: MacTable, build: Callable[[], Any]) -> NetworkMacs:
     report = count_on_meta(build)
     return NetworkMacs(name, conditions, (analytic,), (report.table,), report.unsupported)
@@ -204,7 +187,7 @@ def _dense_forms(model: DyDiT) -> list[NetworkMacs]:
             "static backbone",
             "every head, group and token",
             static_table(model.shape),
-            lambda: _Complete(build()),
+            lambda: Complete(build()),
         ),
         _dense(
             "DyDiT as trained",

@@ -1,0 +1,1 @@
+"""``dydit bench``: static backbone, masked model and engine, timed in turns in one process."""

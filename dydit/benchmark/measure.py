@@ -1,0 +1,161 @@
+"""One case: MACs and time of single calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from dydit.benchmark.order import rotated, spread
+from dydit.benchmark.results import STATIC, Case, Memory, Round
+from dydit.benchmark.settings import BenchSettings, CaseSettings
+from dydit.benchmark.subject import Subject, recording_kept
+from dydit.benchmark.variants import Variants
+from dydit.benchmark.whole_run import time_runs
+from dydit.compute.analytic import static_table
+from dydit.compute.complete import Complete
+from dydit.compute.counting import MacReport
+from dydit.compute.engine import count_engine, engine_table
+from dydit.compute.latency import measure_interleaved
+from dydit.compute.on_meta import count_on_meta, like
+from dydit.compute.table import MacTable
+from dydit.errors import DyditError
+from dydit.runtime.engine import SubnetEngine
+
+CALL_TIMESTEPS = 3  # timesteps whose calls are timed; each is another set of subnetworks
+
+Inputs = tuple[Tensor, Tensor]
+Network = Callable[[Tensor, float, Tensor], Tensor]
+
+
+def measure_case(
+    subject: Subject,
+    variants: Variants,
+    settings: BenchSettings,
+    case: CaseSettings,
+    batch: int,
+    static_macs: int,
+    memory: Memory | None = None,
+) -> Case:
+    """Everything about one batch size.
+
+    Args:
+        static_macs: of the backbone for one sample (``count_static``).
+        memory: measured elsewhere.
+
+    Raises:
+        DyditError: counted and analytic MACs differ.
+    """
+    first = next(iter(variants.counting.values()))
+    calls = subject.calls(first, batch)
+    timesteps = spread(subject.sampler.timesteps, min(CALL_TIMESTEPS, settings.rounds))
+    inputs = {t: calls[t] for t in timesteps}
+    rows = len(inputs[timesteps[0]][0])
+    macs: dict[str, tuple[int, ...]] = {STATIC: (rows * static_macs,) * len(timesteps)}
+    counted: dict[str, int] = {}
+    kept: dict[str, float] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    for mode, engine in variants.counting.items():
+        counted[mode] = _count(engine, timesteps[0], inputs[timesteps[0]])
+        outputs[mode], tables, kept[mode] = _executed(engine, inputs)
+        macs[mode] = tuple(table.total for table in tables)
+    plan, shape = subject.schedule, subject.model.shape
+    return Case(
+        dtype=case.dtype, batch=batch, rows=rows,
+        sample_size=shape.sample_size, tokens=shape.tokens, depth=shape.depth,
+        timesteps=timesteps, macs=macs, counted=counted, kept=kept,
+        capacity_difference=_difference(outputs),
+        rounds=time_calls(variants.networks, inputs, settings.rounds, 2 if settings.compile else 1,
+                          f"{case.dtype}, batch {batch}"),
+        subnetworks=plan.subnetworks_by_block, view_share=plan.view_share,
+        memory=memory,
+        whole_run=time_runs(subject, variants, settings, batch, rows * static_macs)
+        if settings.whole_run else None,
+    )  # fmt: skip
+
+
+def count_static(subject: Subject) -> int:
+    """MACs of the static backbone for one sample, counted by fvcore without computing.
+
+    Raises:
+        DyditError: the closed form says otherwise.
+    """
+    build = like(subject.model)
+    report = count_on_meta(lambda: Complete(build()))
+    _check("static backbone", static_table(subject.model.shape), report)
+    return report.total
+
+
+def time_calls(
+    networks: Mapping[str, Network], inputs: Mapping[float, Inputs], rounds: int, warmup: int, title: str
+) -> tuple[Round, ...]:
+    """Time every network in every round, in an order that rotates; a timestep's rounds follow each other.
+
+    Args:
+        networks: by name.
+        inputs: latents and labels by timestep.
+        rounds: timed calls of each network, in all.
+        warmup: untimed calls before a timestep's first round. Its subnetworks are then packed, as they are in
+            every call but their first; a compiler may want a second call.
+        title: of the progress bar.
+    """
+    names, found = list(networks), list[Round]()
+    timesteps, previous = list(inputs), None
+    for index in tqdm(range(rounds), desc=title, unit="round"):
+        t = timesteps[index * len(timesteps) // rounds]
+        x, y = inputs[t]
+        calls: dict[str, Callable[[], Any]] = {
+            name: _call(networks[name], x, t, y) for name in rotated(names, index)
+        }
+        ms = measure_interleaved(calls, rounds=1, warmup=0 if t == previous else warmup)
+        found.append(Round(timestep=t, ms={name: values[0] for name, values in ms.items()}))
+        previous = t
+    return tuple(found)
+
+
+def _count(engine: SubnetEngine, t: float, inputs: Inputs) -> int:
+    """MACs of one call, by fvcore.
+
+    Raises:
+        DyditError: the closed form says otherwise.
+    """
+    call = count_engine(engine, inputs[0], t, inputs[1])
+    _check(f"engine, mode {engine.mode}", call.analytic, call.counted, len(inputs[0]))
+    return call.counted.total
+
+
+def _check(name: str, analytic: MacTable, counted: MacReport, rows: int = 1) -> None:
+    found = [f"{operator} ran {times} times, uncounted" for operator, times in counted.unsupported.items()]
+    found += analytic.differences(counted.table)
+    if found:
+        raise DyditError(
+            f"{name}, {rows} samples: analytic and counted MACs differ in {len(found)} places: {found[0]}",
+            expected="equal figures",
+            remedy="report it with this command line",
+        )
+
+
+def _executed(
+    engine: SubnetEngine, inputs: Mapping[float, Inputs]
+) -> tuple[list[Tensor], list[MacTable], float]:
+    """Output and MACs of the call at each timestep, and the share of tokens that these calls kept."""
+    with recording_kept(engine) as (call, kept):
+        outputs = [call(x, t, y) for t, (x, y) in inputs.items()]
+        counts = kept()
+    tables = [engine_table(engine, t, count) for t, count in zip(inputs, counts, strict=True)]
+    return outputs, tables, float(np.mean(counts)) / engine.shape.tokens
+
+
+def _difference(outputs: Mapping[str, Sequence[Tensor]]) -> float | None:
+    """‖capacity − exact‖ / ‖exact‖, mean over the calls; None where only one mode ran."""
+    if len(outputs) < 2:
+        return None
+    pairs = zip(outputs["exact"], outputs["capacity"], strict=True)
+    return float(np.mean([((b.float() - a.float()).norm() / a.float().norm()).item() for a, b in pairs]))
+
+
+def _call(network: Any, x: Tensor, t: float, y: Tensor) -> Callable[[], Any]:
+    return lambda: network(x, t, y)

@@ -1,0 +1,77 @@
+"""A benchmark as a Markdown page."""
+
+from __future__ import annotations
+
+from dydit.benchmark.results import Benchmark, Case
+from dydit.benchmark.tables import calls_table, megabytes, runs_table
+
+NOTES = """\
+Every network is called once per round, in an order that rotates; ratios are of the same round, medians with
+quartiles. Ideal is static over engine in MACs, counted by fvcore on a call of the benchmark; share is
+measured over ideal, round by round. An engine's subnetwork is packed before it is timed, except in whole
+runs, which start with nothing packed. *All on* is an engine with every head, group and token on; *masked*
+is the trained form. Peak memory is of processes with one network each, never compiled."""
+
+
+def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:
+    """The whole page.
+
+    Args:
+        figure: file name of the picture beside it.
+        level: of the heading.
+    """
+    parts = [f"{'#' * level} {title(found)}", f"`{found.command}`", conditions(found)]
+    if found.finished is None:
+        parts.append("**Not complete:** the benchmark was interrupted, or is still running.")
+    if found.cases:
+        parts.append(calls_table(found).markdown())
+        runs = runs_table(found)
+        if runs.rows:
+            parts += ["Whole sampling runs:", runs.markdown()]
+        if figure is not None:
+            parts.append(f"![{title(found)}: measured and ideal]({figure})")
+    if level == 1:
+        parts.append(NOTES)
+    return "\n\n".join(parts) + "\n"
+
+
+def title(found: Benchmark) -> str:
+    """Subject, machine, and what sets this benchmark apart from others of the two."""
+    settings = found.settings
+    extras = [f"{settings['sweep']} swept"] if settings["sweep"] else []
+    extras += ["compiled"] if settings["compile"] else []
+    return ", ".join([f"{settings['subject']} on {found.machine.processor}", *extras])
+
+
+def conditions(found: Benchmark) -> str:
+    """Sentences that say under which conditions all figures were measured."""
+    machine, settings = found.machine, found.settings
+    where = machine.device if machine.device != "cpu" else f"{machine.threads} of {machine.cores} CPU cores"
+    words = [
+        f"{machine.processor}, {where}, torch {machine.torch}, Python {machine.python}, {machine.system}, "
+        f"dydit {machine.dydit}; {found.started[:10]}.",
+        f"{settings['rounds']} rounds; {'everything' if settings['compile'] else 'nothing'} compiled.",
+    ]
+    if settings["path"] is None:
+        words.append(f"Random weights; routers that deploy {settings['ratio']:g} of the static compute.")
+    if found.cases:
+        words += [_of_case(found.cases[0])]
+        budgets = {case.memory.budget for case in found.cases if case.memory is not None}
+        if budgets:
+            words.append("Budget of packed weights: " + ", ".join(map(megabytes, sorted(budgets))) + ".")
+    return " ".join(words)
+
+
+def _of_case(case: Case) -> str:
+    kept = ", ".join(f"{case.kept[mode]:.0%} ({mode})" for mode in case.modes)
+    height, width = case.sample_size
+    halves = ", both halves of guidance in a call" if case.rows != case.batch else ""
+    distinct = f"{min(case.subnetworks)} to {max(case.subnetworks)}"
+    difference = case.capacity_difference
+    differs = "" if difference is None else f" Capacity's output differs from exact's by {difference:.1%}."
+    timesteps = ", ".join(f"{t:g}" for t in case.timesteps)
+    return (
+        f"First case: latent {height}×{width}, {case.tokens} tokens, {case.depth} blocks{halves}; timesteps "
+        f"{timesteps}; tokens kept: {kept}; {distinct} distinct subnetworks per block over the schedule, "
+        f"{case.view_share:.0%} of them views.{differs}"
+    )

@@ -1,0 +1,200 @@
+"""What a benchmark found: measured values only; ratios and shares are computed when they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dydit.compute.latency import Spread
+
+STATIC, MASKED, ALL_ON = "static", "masked", "all_on"
+MODES = ("exact", "capacity")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Machine(_Frozen):
+    """Where it was measured.
+
+    Attributes:
+        threads: CPU threads of torch; cores: of the machine, as the process may use them.
+    """
+
+    processor: str
+    device: str
+    threads: int
+    cores: int
+    system: str
+    python: str
+    torch: str
+    dydit: str
+
+
+class Round(_Frozen):
+    """One timed call of each network, at one timestep: milliseconds in the order in which they ran."""
+
+    timestep: float
+    ms: dict[str, float]
+
+
+class Memory(_Frozen):
+    """Peak bytes of a process with one network, above the same process before it had a model.
+
+    Attributes:
+        peaks: static and each mode of the engine -> bytes.
+        budget: bytes of packed weights that the engine may keep.
+    """
+
+    peaks: dict[str, int]
+    budget: int
+
+    def above_static(self, mode: str) -> int:
+        """Bytes that an engine takes more than the static backbone."""
+        return self.peaks[mode] - self.peaks[STATIC]
+
+
+class WholeRun(_Frozen):
+    """Whole sampling runs of the static backbone and of engines that had nothing packed at their start.
+
+    Attributes:
+        sampler, steps, guidance_scale: of the runs.
+        ms: static and each mode -> milliseconds of each run.
+        macs: static and each mode -> MACs of a run, of the engine for the tokens that it kept in a run.
+        packs: mode -> counters of packed weights over one run; ``bytes`` as it stands at the end.
+    """
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    ms: dict[str, tuple[float, ...]]
+    macs: dict[str, int]
+    packs: dict[str, dict[str, int]]
+
+    def speedup(self, mode: str) -> Spread:
+        """Static over engine, run by run."""
+        return Spread.of(np.asarray(self.ms[STATIC]) / np.asarray(self.ms[mode]))
+
+    def ideal(self, mode: str) -> float:
+        """Static over engine, in MACs."""
+        return self.macs[STATIC] / self.macs[mode]
+
+    def share(self, mode: str) -> float:
+        """Measured speed-up over the ideal one."""
+        return self.speedup(mode).median / self.ideal(mode)
+
+
+class Case(_Frozen):
+    """One subject in one dtype at one batch size.
+
+    Attributes:
+        batch: images. rows: samples of a call, twice as many with guidance.
+        sample_size: of the latent. tokens: N. depth: L.
+        timesteps: of the calls.
+        macs: static and each mode -> MACs of a call at each of the timesteps.
+        counted: mode -> MACs counted by fvcore on a call at the first timestep; they equal ``macs`` there.
+        kept: mode -> share of tokens that entered the MLP, mean over the calls.
+        capacity_difference: ‖capacity − exact‖ / ‖exact‖ of their outputs, mean over the calls; None where
+            only one mode was measured.
+        rounds: the measurement.
+        subnetworks: distinct subnetworks of each block over the schedule.
+        view_share: share of (timestep, block) pairs that need no packing.
+    """
+
+    dtype: str
+    batch: int
+    rows: int
+    sample_size: tuple[int, int]
+    tokens: int
+    depth: int
+    timesteps: tuple[float, ...]
+    macs: dict[str, tuple[int, ...]]
+    counted: dict[str, int]
+    kept: dict[str, float]
+    rounds: tuple[Round, ...]
+    subnetworks: tuple[int, ...]
+    view_share: float
+    capacity_difference: float | None = None
+    memory: Memory | None = None
+    whole_run: WholeRun | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes of the engine that were measured."""
+        return tuple(mode for mode in MODES if mode in self.macs)
+
+    def times(self, name: str) -> np.ndarray:
+        """Milliseconds (R,) of a network in each round."""
+        return np.asarray([entry.ms[name] for entry in self.rounds])
+
+    def median_ms(self, name: str) -> float | None:
+        """Median of a network's calls; None where it was not measured."""
+        return float(np.median(self.times(name))) if name in self.rounds[0].ms else None
+
+    def speedup(self, mode: str) -> Spread:
+        """Static over engine, round by round."""
+        return Spread.of(self.times(STATIC) / self.times(mode))
+
+    def ideal(self, mode: str) -> float:
+        """Static over engine in MACs, mean over the rounds as they were timed."""
+        return float(np.mean(self._ideals(mode)))
+
+    def share(self, mode: str) -> Spread:
+        """Measured speed-up over the ideal one, round by round: each timestep has an ideal of its own."""
+        return Spread.of(self.times(STATIC) / self.times(mode) / self._ideals(mode))
+
+    def time_ratio(self, name: str) -> Spread | None:
+        """A network's time over the static one's, round by round; None where it was not measured."""
+        return Spread.of(self.times(name) / self.times(STATIC)) if name in self.rounds[0].ms else None
+
+    def derived(self) -> dict[str, Any]:
+        """Every figure that is computed from the measured ones, as plain values."""
+        return {
+            "static_ms": self.median_ms(STATIC),
+            **{
+                mode: {
+                    "ms": self.median_ms(mode),
+                    "speedup": vars(self.speedup(mode)),
+                    "ideal": self.ideal(mode),
+                    "share": vars(self.share(mode)),
+                    "whole_run": None if self.whole_run is None else {
+                        "speedup": vars(self.whole_run.speedup(mode)),
+                        "ideal": self.whole_run.ideal(mode),
+                        "share": self.whole_run.share(mode),
+                    },
+                    "bytes_above_static": None if self.memory is None else self.memory.above_static(mode),
+                }
+                for mode in self.modes
+            },
+            **{
+                f"{name}_time_ratio": None if (ratio := self.time_ratio(name)) is None else vars(ratio)
+                for name in (MASKED, ALL_ON)
+            },
+        }  # fmt: skip
+
+    def _ideals(self, mode: str) -> np.ndarray:
+        """Ideal speed-up (R,) at each round's timestep."""
+        at = {t: i for i, t in enumerate(self.timesteps)}
+        static, engine = self.macs[STATIC], self.macs[mode]
+        return np.asarray([static[at[r.timestep]] / engine[at[r.timestep]] for r in self.rounds])
+
+
+class Benchmark(_Frozen):
+    """One ``dydit bench``.
+
+    Attributes:
+        command: what measures it again.
+        settings: its ``BenchSettings``.
+        started, finished: times in UTC; ``finished`` is None as long as cases are missing.
+        cases: in the order in which they were measured.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    machine: Machine
+    started: str
+    finished: str | None = None
+    cases: tuple[Case, ...] = ()

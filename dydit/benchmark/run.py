@@ -1,0 +1,85 @@
+"""The whole benchmark: case after case, saved after each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import dydit
+from dydit.benchmark.measure import count_static, measure_case
+from dydit.benchmark.peaks import measure_memory
+from dydit.benchmark.results import Benchmark, Case, Machine
+from dydit.benchmark.settings import BenchSettings, CaseSettings, plan_cases
+from dydit.benchmark.storage import check_folder, save_benchmark
+from dydit.benchmark.subject import make_subject, preset_depth
+from dydit.benchmark.variants import make_variants
+from dydit.compute.machine import processor_name
+
+
+def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
+    """Measure, and write ``bench.json``, ``bench.md`` and ``bench.png`` into ``out`` after every case.
+
+    Raises:
+        DyditError: settings, model or folder cannot be used, or counted and analytic MACs differ.
+    """
+    cases = plan_cases(settings, preset_depth(settings))
+    check_folder(out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    found = Benchmark(
+        command=settings.command,
+        settings=settings.model_dump(mode="json"),
+        machine=_machine(settings.device),
+        started=_now(),
+    )
+
+    def save(case: Case) -> None:
+        nonlocal found
+        found = found.model_copy(update={"cases": (*found.cases, case)})
+        save_benchmark(found, out)
+
+    try:
+        for case in cases:
+            _measure(settings, case, save)
+    finally:
+        torch.set_num_threads(threads)
+    found = found.model_copy(update={"finished": _now()})
+    save_benchmark(found, out)
+    return found
+
+
+def _measure(settings: BenchSettings, case: CaseSettings, save: Callable[[Case], None]) -> None:
+    """All batch sizes of one subject, which is built once and dropped afterwards."""
+    if settings.compile:
+        torch.compiler.reset()  # graphs of the case before hold its weights
+    subject = make_subject(settings, case)
+    memory = measure_memory(subject, settings, case) if settings.memory and settings.sweep is None else {}
+    static = count_static(subject)
+    variants = make_variants(subject, settings)
+    for batch in case.batches:
+        save(measure_case(subject, variants, settings, case, batch, static, memory.get(batch)))
+    del subject, variants
+    gc.collect()  # an engine and what it holds refer to each other
+
+
+def _machine(device: str) -> Machine:
+    return Machine(
+        processor=processor_name(device),
+        device=device,
+        threads=torch.get_num_threads(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        dydit=dydit.__version__,
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,137 @@
+"""Shares and ratios from measured values, the file that keeps them, and what is written from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_builders import made_up, made_up_case
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dydit.benchmark.figures import draw
+from dydit.benchmark.page import page
+from dydit.benchmark.results import Benchmark, Round
+from dydit.benchmark.storage import JSON_NAME, check_folder, load_benchmark, save_benchmark
+from dydit.benchmark.tables import calls_table, runs_table
+from dydit.errors import DataError, OutputError
+
+
+def test_the_share_compares_each_round_with_the_ideal_of_its_own_timestep() -> None:
+    case = made_up_case()
+    assert (case.speedup("exact").low, case.speedup("exact").high) == pytest.approx((2.0, 2.8), rel=0.2)
+    assert case.speedup("exact").median == pytest.approx((80 / 50 + 80 / 25) / 2)
+    assert case.ideal("exact") == pytest.approx(3.0)
+    share = case.share("exact")  # 1.6 of 2, and 3.2 of 4
+    assert (share.low, share.median, share.high) == pytest.approx((0.8, 0.8, 0.8))
+
+
+@given(
+    ms=st.lists(st.tuples(st.floats(1, 1e4), st.floats(1, 1e4)), min_size=1, max_size=9),
+    macs=st.tuples(st.integers(10, 10**9), st.integers(10, 10**9)),
+)
+def test_the_share_is_the_speedup_over_the_ideal_at_one_timestep(
+    ms: list[tuple[float, float]], macs: tuple[int, int]
+) -> None:
+    rounds = tuple(Round(timestep=1.0, ms={"static": a, "exact": b}) for a, b in ms)
+    case = made_up_case(
+        timesteps=(1.0,), macs={"static": macs[:1], "exact": macs[1:]}, rounds=rounds, memory=None
+    )
+    assert case.ideal("exact") == pytest.approx(macs[0] / macs[1])
+    for told in ("low", "median", "high"):
+        speedup = getattr(case.speedup("exact"), told)
+        assert getattr(case.share("exact"), told) == pytest.approx(speedup / case.ideal("exact"))
+
+
+def test_ratios_to_the_static_model_and_what_was_not_measured() -> None:
+    case = made_up_case()
+    ratios = case.time_ratio("all_on"), case.time_ratio("masked")
+    assert [r.median for r in ratios if r is not None] == pytest.approx([1.02, 1.1])
+    bare = made_up_case(rounds=tuple(Round(timestep=500.0, ms={"static": 2.0, "exact": 1.0}) for _ in "ab"))
+    assert bare.time_ratio("all_on") is None
+    assert bare.median_ms("masked") is None
+    assert "–" in calls_table(made_up(bare)).rows[0]
+
+
+def test_whole_runs_and_memory() -> None:
+    case = made_up_case()
+    run = case.whole_run
+    assert run is not None and case.memory is not None
+    assert (run.speedup("exact").median, run.ideal("exact"), run.share("exact")) == (2.0, 2.5, 0.8)
+    assert case.memory.above_static("exact") == 1_500_000
+    assert case.derived()["exact"]["bytes_above_static"] == 1_500_000
+    (row,) = runs_table(made_up(case)).rows
+    assert "5, 7, 3" in row
+    assert not runs_table(made_up(made_up_case(whole_run=None))).rows
+
+
+def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+    found = made_up(made_up_case(), made_up_case(dtype="bf16", memory=None, whole_run=None))
+    save_benchmark(found, tmp_path)
+    assert load_benchmark(tmp_path / JSON_NAME) == found
+    document = json.loads((tmp_path / JSON_NAME).read_text())
+    assert document["format_version"] == 1
+    assert document["cases"][0]["derived"]["exact"]["share"]["median"] == pytest.approx(0.8)
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert found.command in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(format_version=9), "format version 9"),
+        (lambda d: d["cases"][0].update(batch="many"), "damaged"),
+        (lambda d: d.update(cases=[3]), "damaged"),
+        (lambda d: d["machine"].pop("torch"), "damaged"),
+    ],
+)
+def test_a_changed_file_is_refused_in_one_line(tmp_path: Path, change: Any, words: str) -> None:
+    save_benchmark(made_up(), tmp_path)
+    document = json.loads((tmp_path / JSON_NAME).read_text())
+    change(document)
+    (tmp_path / JSON_NAME).write_text(json.dumps(document))
+    with pytest.raises(DataError, match=words) as told:
+        load_benchmark(tmp_path / JSON_NAME)
+    assert "\n" not in str(told.value)
+
+
+def test_no_file_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        load_benchmark(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_benchmark(tmp_path / "text.json")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new")
+    save_benchmark(made_up(), tmp_path / "new")
+    check_folder(tmp_path / "new")
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds other files"):
+        check_folder(tmp_path)
+
+
+def test_the_page_says_what_it_measured_and_what_is_missing() -> None:
+    text = page(made_up(finished=None), "bench.png")
+    for words in ("A processor", "2 of 2 CPU cores", "`dydit bench DiT-XL/2`", "Not complete", "bench.png"):
+        assert words in text
+    assert "Not complete" not in page(made_up())
+    assert page(made_up(made_up_case(rows=4))).count("both halves of guidance") == 1
+
+
+@pytest.mark.parametrize("sweep", ["batch", "tokens", "depth"])
+def test_a_sweep_is_drawn_along_what_grows(sweep: str) -> None:
+    cases = [made_up_case(**{sweep: value}, memory=None, whole_run=None) for value in (4, 8, 16)]
+    swept = made_up(*cases, sweep=sweep)
+    assert draw(swept) != draw(made_up(*cases))
+    header = calls_table(swept).header
+    assert sweep in header
+
+
+def test_an_empty_benchmark_can_be_written(tmp_path: Path) -> None:
+    empty = Benchmark(**{**made_up().__dict__, "cases": (), "finished": None})
+    save_benchmark(empty, tmp_path)
+    assert load_benchmark(tmp_path / JSON_NAME).cases == ()

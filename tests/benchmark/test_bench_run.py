@@ -1,0 +1,174 @@
+"""A whole small benchmark: what it measures, what it writes, and when."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench_builders import SMALL
+
+import dydit.benchmark.run as running
+from dydit.benchmark.measure import time_calls
+from dydit.benchmark.order import rotated, spread
+from dydit.benchmark.peaks import measure_memory
+from dydit.benchmark.results import Benchmark
+from dydit.benchmark.run import run_benchmark
+from dydit.benchmark.settings import BenchSettings, CaseSettings
+from dydit.benchmark.storage import JSON_NAME, load_benchmark
+from dydit.benchmark.subject import make_subject
+from dydit.costs import static_macs
+from dydit.errors import DyditError
+from dydit.models.dit import DiT
+from dydit.runtime.packing import block_bytes
+
+
+def test_every_network_is_measured_in_every_round(measured: tuple[Benchmark, Path]) -> None:
+    found, folder = measured
+    assert load_benchmark(folder / JSON_NAME) == found
+    assert [(case.dtype, case.batch) for case in found.cases] == [
+        ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2),
+    ]  # fmt: skip
+    names = {"static", "masked", "exact", "capacity", "all_on"}
+    for case in found.cases:
+        assert len(case.rounds) == 3 and len(set(case.timesteps)) == 3
+        assert [r.timestep for r in case.rounds] == list(case.timesteps)
+        assert all(set(r.ms) == names and min(r.ms.values()) > 0 for r in case.rounds)
+        assert len({next(iter(r.ms)) for r in case.rounds}) == 3, "no network always runs first"
+
+
+def test_the_ideal_is_what_was_counted(measured: tuple[Benchmark, Path]) -> None:
+    found, _ = measured
+    with torch.device("meta"):
+        shape = DiT.from_preset("DiT-S/2", depth=2, sample_size=8).shape
+    for case in found.cases:
+        assert case.macs["static"] == (case.batch * static_macs(shape),) * 3
+        for mode in ("exact", "capacity"):
+            assert case.counted[mode] == case.macs[mode][0]
+            assert case.capacity_difference is not None and 0 < case.capacity_difference < 1
+            assert 1.4 < case.ideal(mode) < 2.8
+            assert 0.3 < case.kept[mode] < 1.0
+            expected = case.speedup(mode).median / case.ideal(mode)
+            assert case.share(mode).median == pytest.approx(expected, rel=0.5)
+
+
+def test_whole_runs_pack_from_nothing(measured: tuple[Benchmark, Path]) -> None:
+    found, _ = measured
+    for case in found.cases:
+        run = case.whole_run
+        assert run is not None
+        assert (run.steps, run.sampler, run.guidance_scale) == (4, "ddim", 1.0)
+        assert all(len(ms) == 2 and min(ms) > 0 for ms in run.ms.values())
+        assert set(run.ms) == {"static", "exact", "capacity"}
+        assert 1.4 < run.ideal("exact") < 2.8
+        for packs in run.packs.values():
+            assert packs["misses"] >= sum(case.subnetworks)
+            assert packs["hits"] + packs["misses"] == 4 * case.depth
+            assert packs["bytes"] > 0
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measure = running.measure_case
+
+    def broken(*arguments: Any) -> Any:
+        if arguments[4] == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(running, "measure_case", broken)
+    threads = torch.get_num_threads()
+    settings = BenchSettings(**SMALL, batches=(1, 2), dtypes=("fp32",), threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(settings, tmp_path / "bench")
+    found = load_benchmark(tmp_path / "bench" / JSON_NAME)
+    assert found.finished is None and [case.batch for case in found.cases] == [1]
+    assert "Not complete" in (tmp_path / "bench" / "bench.md").read_text()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("sweep", "grows"), [("batch", 5), ("tokens", 3), ("depth", 2)])
+def test_a_sweep_measures_static_model_and_engine_along_it(sweep: Any, grows: int, tmp_path: Path) -> None:
+    small = {**SMALL, "rounds": 1, "memory": True}
+    settings = BenchSettings(**small, sweep=sweep, dtypes=("fp32",), modes=("exact",), batches=(1,))
+    cases = run_benchmark(settings, tmp_path / "bench").cases
+    places = [getattr(case, sweep) for case in cases]
+    assert places == sorted(set(places)) and len(places) == grows
+    for case in cases:
+        assert set(case.rounds[0].ms) == {"static", "exact"}
+        assert case.capacity_difference is None
+        assert case.memory is None
+    assert (tmp_path / "bench" / "bench.png").stat().st_size > 5000
+
+
+def test_compiled_networks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled: list[Any] = []
+
+    def without_a_compiler(network: Any = None, **options: Any) -> Any:  # graphs as ever, run without codegen
+        if network is None:
+            return lambda wrapped: without_a_compiler(wrapped, **options)
+        compiled.append(network)
+        return real(network, **{**options, "backend": "eager", "mode": None, "options": None})
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    settings = BenchSettings(
+        **{**SMALL, "depth": 1, "rounds": 1}, compile=True, dtypes=("fp32",), modes=("capacity",),
+        batches=(2,), sweep="depth", whole_run=2,
+    )  # fmt: skip
+    (case,) = run_benchmark(settings, tmp_path / "bench").cases
+    assert case.rounds[0].ms["capacity"] > 0
+    assert case.whole_run is not None and case.whole_run.ideal("capacity") > 1
+    assert any(isinstance(network, DiT) for network in compiled) and len(compiled) > 1
+
+
+def test_each_round_starts_with_another_network_and_a_timestep_warms_up() -> None:
+    calls: list[tuple[str, float]] = []
+
+    def network(name: str) -> Any:
+        return lambda _x, t, _y: calls.append((name, t))
+
+    networks = {name: network(name) for name in "abc"}
+    inputs = {t: (torch.zeros(1), torch.zeros(1)) for t in (9.0, 1.0)}
+    rounds = time_calls(networks, inputs, rounds=5, warmup=1, title="t")
+    assert [r.timestep for r in rounds] == [9.0, 9.0, 9.0, 1.0, 1.0]
+    assert ["".join(r.ms) for r in rounds] == ["abc", "bca", "cab", "abc", "bca"]
+    assert len(calls) == 3 * (5 + 2)
+
+
+def test_timesteps_lie_in_the_middle_of_equal_parts() -> None:
+    assert spread(tuple(range(50)), 3) == (8, 25, 41)
+    assert spread((3.0, 2.0), 5) == (3.0, 2.0)
+    assert rotated(["a", "b"], 3) == ["b", "a"]
+
+
+def test_memory_is_measured_in_processes_of_its_own() -> None:
+    settings = BenchSettings(**{**SMALL, "memory": True}, modes=("exact",), memory_budget=20_000_000)
+    case = CaseSettings(dtype="fp32", batches=(1, 2), depth=2, sample_size=8)
+    subject = make_subject(settings, case)
+    found = measure_memory(subject, settings, case)
+    weights = sum(p.nbytes for p in subject.model.backbone.parameters())
+    for batch in (1, 2):
+        assert found[batch].budget == 20_000_000
+        assert found[batch].peaks["static"] > 0.9 * weights
+        assert -weights / 2 < found[batch].above_static("exact") < 4 * weights
+    assert np.all([found[2].peaks[name] >= found[1].peaks[name] for name in ("static", "exact")])
+    adapter, blocks = subject.model.adapter, subject.model.adapter.blocks(subject.model.backbone)
+    assert block_bytes(adapter.attention(blocks[0]), adapter.mlp(blocks[0])) < 20_000_000
+
+
+def test_a_process_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = BenchSettings(**SMALL, modes=("exact",))
+    case = CaseSettings(dtype="fp32", batches=(1,), depth=2, sample_size=8)
+    subject = make_subject(settings, case)
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho 'Traceback' >&2\necho 'no room' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(DyditError, match="memory of static ended with status 3: no room.*no-memory") as told:
+        measure_memory(subject, settings, case)
+    assert "\n" not in str(told.value)
