@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from dydit.compute.latency import Spread, measure_interleaved
-from dydit.compute.machine import processor_name
+from dydit.compute.machine import peak_memory, processor_name
 from dydit.config import DyDiTConfig, RunConfig, WarmupConfig
 from dydit.dynamic.convert import convert
 from dydit.files import write_file
 from dydit.models.dit import DiT
 from dydit.training.branches import Branches
-from dydit.training.memory import MIB, peak_memory
+from dydit.training.memory import MIB
 from dydit.training.trainer import Trainer
 
 NUM_CLASSES = 1000

@@ -20,6 +20,7 @@ from dydit.errors import ShapeError
 from dydit.models.blocks import Conditioning, Modulation, modulate
 from dydit.models.dit import check_latent
 from dydit.models.embeddings import batch_timesteps, check_labels, check_per_sample
+from dydit.precision import without_autocast
 from dydit.shapes import ModelShape
 
 # Settings that the masked and the sliced block compute; diffusers' class has others.
@@ -135,4 +136,5 @@ def _sinusoid(model: DiTTransformer2DModel, t: Tensor) -> Tensor:
 
 
 def _timestep(embedder: Any, sinusoid: Tensor) -> Tensor:
-    return embedder.timestep_embedder(sinusoid)
+    with without_autocast(sinusoid):
+        return embedder.timestep_embedder(sinusoid)

@@ -20,7 +20,10 @@ from dydit.routing.tokens import top_gates
 
 
 def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> Tensor:
-    """Self-attention over x (B, N, D) with head gates (B, H); None = all on."""
+    """Self-attention over x (B, N, D) with head gates (B, H); None = all on.
+
+    Gates are 0 or 1, so they may take the number format of what they multiply: under autocast a smaller one.
+    """
     B, N, _ = x.shape
     projected = (
         torch.cat([layer(x) for layer in parts.qkv], dim=-1) if len(parts.qkv) > 1 else parts.qkv[0](x)
@@ -28,7 +31,7 @@ def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> 
     q, k, v = projected.view(B, N, 3, parts.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
     attended = F.scaled_dot_product_attention(q, k, v)
     if heads is not None:
-        attended = attended * heads[:, :, None, None]
+        attended = attended * heads[:, :, None, None].to(attended.dtype)
     return parts.out(attended.transpose(1, 2).reshape(B, N, -1))
 
 
@@ -36,7 +39,8 @@ def masked_mlp(parts: MlpParts, x: Tensor, groups: Tensor | None) -> Tensor:
     """MLP over x (B, N, D) with group gates (B, G); None = all on."""
     hidden = parts.fc1(x)
     if groups is not None:
-        hidden = (hidden.unflatten(-1, (groups.shape[1], -1)) * groups[:, None, :, None]).flatten(-2)
+        gates = groups[:, None, :, None].to(hidden.dtype)
+        hidden = (hidden.unflatten(-1, (groups.shape[1], -1)) * gates).flatten(-2)
     return parts.fc2(parts.act(hidden))
 
 
@@ -83,5 +87,5 @@ def masked_block(
             tokens = top_gates(logits, capacity)
     update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), groups)
     if tokens is not None:
-        update = update * tokens.unsqueeze(-1)
+        update = update * tokens.unsqueeze(-1).to(update.dtype)
     return add_gated(x, update, m.gate_mlp), tokens, logits

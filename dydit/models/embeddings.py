@@ -7,6 +7,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from dydit.errors import DataError, ShapeError
+from dydit.precision import without_autocast
 from dydit.shapes import FREQUENCY_SIZE
 
 
@@ -49,7 +50,8 @@ class TimestepEmbedder(nn.Module):
         sinusoid = get_timestep_embedding(
             t, FREQUENCY_SIZE, flip_sin_to_cos=True, downscale_freq_shift=self.frequency_shift
         )
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        with without_autocast(t):
+            return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dydit.config import DyDiTConfig
 from dydit.costs import RouterShape
+from dydit.precision import without_autocast
 from dydit.routing.gates import logistic_noise, nested_logits, threshold_gate, training_gate
 from dydit.shapes import ModelShape
 
@@ -30,7 +31,8 @@ class WidthRouter(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Logits (B, components) for timestep embeddings (B, D); +inf for what is always on."""
-        logits = self.router(timestep)
+        with without_autocast(timestep):
+            logits = self.router(timestep.to(self.router.weight.dtype))
         if not self.always_on:
             return logits
         return torch.cat([logits.new_full((logits.shape[0], 1), torch.inf), logits], dim=1)
@@ -47,8 +49,15 @@ class TokenRouter(nn.Sequential):
         super().__init__(nn.Linear(hidden_size, hidden), nn.ReLU(), score)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (..., N) for tokens (..., N, D)."""
-        return super().forward(tokens).squeeze(-1)
+        """Logits (..., N) for tokens (..., N, D).
+
+        Under autocast the first layer, which has nearly all of the work, runs in its number format, as the
+        layers do that the tokens come from; the score does not.
+        """
+        first, activation, score = self
+        hidden = activation(first(tokens))
+        with without_autocast(tokens):
+            return score(hidden.to(score.weight.dtype)).squeeze(-1)
 
 
 def token_hidden(hidden_size: int, ratio: int) -> int:

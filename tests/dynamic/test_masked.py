@@ -101,3 +101,23 @@ def test_separate_and_fused_projections_agree(heads: Tensor | None) -> None:
     one = masked_attention(AttentionParts((fused,), out, 4), x, heads)
     other = masked_attention(AttentionParts(tuple(separate), out, 4), x, heads)
     assert relative_error(other, one) < 1e-5
+
+
+def test_under_autocast_gates_do_not_widen_what_they_multiply() -> None:
+    """A float32 gate would make float32 of all hidden units of the MLP, and keep them for the backward."""
+    model = small_dydit(mixed=False).train()
+    x, y = small_inputs(model.shape, batch=2)
+    dtypes = set()
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == model.shape.mlp_hidden and tensor.ndim == 3:
+            dtypes.add(tensor.dtype)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        _, routing = model(x, torch.tensor([500.0, 20.0]), y, return_routing=True)
+    assert dtypes == {torch.bfloat16}
+    assert routing.heads.dtype == routing.tokens.dtype == torch.float32

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_builders import randomize, small_dit
+from core_builders import randomize, small_dit, small_dydit
 
 from dydit.config import DyDiTConfig
 from dydit.costs import RouterShape
@@ -94,3 +94,50 @@ def test_router_shape_tells_the_layers_that_there_are(off: str | None, always_on
         group_scores=0 if groups is None else groups.router.out_features,
         token_hidden=0 if tokens is None else tokens[0].out_features,
     )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@torch.no_grad()
+def test_under_autocast_the_width_is_decided_as_without(nested: bool) -> None:
+    """Deployment reads the width off routers in float32: training in bf16 has to mean the same."""
+    model = small_dydit(config=DyDiTConfig(nested=nested), mixed=False)
+    for routers in model.routers:
+        for router in (routers.head_router, routers.group_router):
+            randomize(router, 1)
+            router.router.bias.fill_(15.0)  # where bf16 knows steps of 1/16
+    t = torch.arange(0.0, 1000.0, 50.0)
+    wanted = model.width_logits(model.adapter.timestep_embedding(model.backbone, t))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.width_logits(model.adapter.timestep_embedding(model.backbone, t))
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # autocast is on
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_under_autocast_token_scores_keep_full_precision() -> None:
+    routers = BlockRouters(SHAPE, DyDiTConfig(token_router_ratio=4))
+    randomize(routers, 0)
+    routers.token_router[2].bias.fill_(35.0)
+    tokens = torch.randn(4, 64, SHAPE.hidden_size)
+    exact = routers.token_logits(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = routers.token_logits(tokens)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 0.05 < (exact.bfloat16() - exact).abs().max()
+    assert len(found.unique()) > 200 > len(exact.bfloat16().unique())
+
+
+def test_routers_compile_into_one_graph_under_autocast() -> None:
+    routers = BlockRouters(SHAPE, DyDiTConfig(token_router_ratio=4))
+    randomize(routers, 0)
+    timestep, tokens = torch.randn(4, SHAPE.hidden_size), torch.randn(4, 16, SHAPE.hidden_size)
+
+    def logits(timestep: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return routers.head_logits(timestep), routers.token_logits(tokens)
+
+    compiled = torch.compile(logits, backend="eager", fullgraph=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for a, b in zip(compiled(timestep, tokens), logits(timestep, tokens), strict=True):
+                torch.testing.assert_close(a, b)

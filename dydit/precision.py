@@ -1,0 +1,20 @@
+"""Where autocast is on, some parts are computed in the weights' own number format all the same."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast is off on the device of ``like``; nothing at all where it is off already.
+
+    For the timestep embedding and the routers. Their decisions are hard: a logit of 15 in bfloat16 has steps
+    of 1/16, and a model trained under autocast would be deployed, without it, with other subnetworks.
+    """
+    kind = like.device.type
+    # There is no autocast on "meta", where networks are counted without computing.
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
