@@ -17,16 +17,11 @@ from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.guidance import forward_with_cfg
 from dydit.models.dit import check_latent
-from dydit.models.embeddings import check_per_sample
+from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.runtime.compiled import compiled_stages
-from dydit.runtime.packing import (
-    PackCache,
-    PackedBlock,
-    PackStatistics,
-    block_bytes,
-    check_budget,
-    pack_block,
-)
+from dydit.runtime.graphs import CudaGraphs
+from dydit.runtime.packing import PackStatistics
+from dydit.runtime.packs import SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock
 
 Mode = Literal["exact", "capacity"]
@@ -48,7 +43,8 @@ class SubnetEngine(nn.Module):
             are; ``capacity`` on the fixed number per timestep and block that calibration chose, highest
             scores first: nothing then depends on the data but which tokens they are.
         compile: run the blocks through torch.compile. The first calls take longer, by seconds for each of a
-            few graphs; timesteps and blocks share them.
+            few graphs; timesteps and blocks share them. On a GPU, in capacity mode and with a budget for the
+            slices of the whole schedule, each timestep's kernels are also recorded as one CUDA graph.
 
     Raises:
         ScheduleError: the schedule belongs to other weights, or has no capacities.
@@ -74,11 +70,10 @@ class SubnetEngine(nn.Module):
         self.model, self.schedule, self.shape, self.mode = model, schedule, schedule.shape, mode
         adapter = model.adapter
         blocks = adapter.blocks(model.backbone)
-        self._weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
-        sizes = [block_bytes(*weights) for weights in self._weights]
-        budget = sum(sizes) if memory_budget is None else memory_budget
-        check_budget(budget, max(sizes))
-        self._cache = PackCache(budget)
+        weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
+        self._packs = SchedulePacks(weights, schedule, memory_budget)
+        # Recordings read slices where they lie: none may be dropped.
+        self._graphs = CudaGraphs() if compile and mode == "capacity" and self._packs.all_fit else None
         stages = compiled_stages() if compile else STAGES
         self.blocks = nn.ModuleList(
             SlicedBlock(adapter, block, routers.token_router, schedule.routing.token_threshold, stages)
@@ -129,7 +124,7 @@ class SubnetEngine(nn.Module):
 
     def pack_statistics(self) -> PackStatistics:
         """Hits, misses, bytes and evictions of the packed weights."""
-        return self._cache.statistics()
+        return self._packs.statistics()
 
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
@@ -140,18 +135,29 @@ class SubnetEngine(nn.Module):
         return {**self.model.mac_parts(), "sliced_attention": ATTENTION_PROJECTIONS, "sliced_mlp": MLP}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetEngine:
-        """Move or convert the model (``.to``); its packed weights are stale then."""
-        self._cache.clear()
+        """Move or convert the model (``.to``); what was packed and recorded is stale then."""
+        self._packs.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
         return super()._apply(fn, recurse)
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
+        if self._graphs is not None and x.is_cuda:
+            inputs = (x, batch_timesteps(t, x), y.to(x.device))
+            return self._graphs(position, partial(self._run_blocks, position), *inputs)
+        self._packs.join(x.device)
+        output = self._run_blocks(position, x, t, y)
+        self._packs.prepare_next(position, x.device)
+        return output
+
+    def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone
         tokens, cond = adapter.embed(backbone, x, t, y)
         tokens = tokens.contiguous()  # the token path works on its rows in place
         for i, block in enumerate(self.blocks):
-            packed = self._packed(i, int(self.schedule.rows[position, i]))
-            tokens = block(tokens, cond, packed, self._capacity(position, i))
+            # No name for the slices: they may be dropped for the next block's as soon as they are used.
+            tokens = block(tokens, cond, self._packs.get(position, i), self._capacity(position, i))
         return adapter.decode(backbone, tokens, cond)
 
     def _capacity(self, position: int, block: int) -> int | None:
@@ -160,10 +166,6 @@ class SubnetEngine(nn.Module):
             return None
         assert self.schedule.capacities is not None
         return int(self.schedule.capacities[position, block])
-
-    def _packed(self, block: int, row: int) -> PackedBlock:
-        masks = self.schedule.head_rows[row], self.schedule.group_rows[row]
-        return self._cache.get((block, row), partial(pack_block, *self._weights[block], *masks))
 
 
 def _check_mode(mode: str, schedule: SubnetSchedule) -> None:

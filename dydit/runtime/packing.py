@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,11 @@ class PackedBlock:
     head_dim: int
     copied_bytes: int
 
+    def tensors(self) -> list[Tensor]:
+        """All weights and biases."""
+        layers = [*self.qkv, self.out, *([] if self.fc1 is None else [self.fc1]), self.fc2]
+        return [tensor for layer in layers for tensor in layer if tensor is not None]
+
 
 @torch.no_grad()
 def pack_block(
@@ -54,8 +59,21 @@ def pack_block(
     out = _take(attention.out.weight, head_index, head_dim, 1), _detached(attention.out.bias)
     fc1 = _take_rows(_detached_pair(mlp.fc1), group_index, units) if len(group_index) else None
     fc2 = _take(mlp.fc2.weight, group_index, units, 1), _detached(mlp.fc2.bias)
-    return PackedBlock(
-        qkv, out, fc1, fc2, head_dim, _copied_bytes([*qkv, out, fc1, fc2], _originals(attention, mlp))
+    packed = PackedBlock(qkv, out, fc1, fc2, head_dim, copied_bytes=0)
+    originals = {tensor.untyped_storage().data_ptr() for tensor in _originals(attention, mlp)}
+    copies = (t.nbytes for t in packed.tensors() if t.untyped_storage().data_ptr() not in originals)
+    return replace(packed, copied_bytes=sum(copies))
+
+
+def packed_bytes(attention: AttentionParts, mlp: MlpParts, heads: np.ndarray, groups: np.ndarray) -> int:
+    """``copied_bytes`` of that packing, without making it."""
+    return sum(
+        int(sum(tensor.nbytes for tensor in tensors) * mask.mean())
+        for mask, tensors in (
+            (heads, [*_tensors(*attention.qkv), attention.out.weight]),
+            (groups, [*_tensors(mlp.fc1), mlp.fc2.weight]),
+        )
+        if not mask.all() and mask.any() and not _is_run(np.flatnonzero(mask))
     )
 
 
@@ -113,14 +131,11 @@ def _detached_pair(layer: nn.Linear) -> Weights:
 
 
 def _originals(attention: AttentionParts, mlp: MlpParts) -> list[Tensor]:
-    layers = [*attention.qkv, attention.out, mlp.fc1, mlp.fc2]
+    return _tensors(*attention.qkv, attention.out, mlp.fc1, mlp.fc2)
+
+
+def _tensors(*layers: nn.Linear) -> list[Tensor]:
     return [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-
-
-def _copied_bytes(layers: Sequence[Weights | None], originals: Sequence[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr() for t in originals}
-    tensors = [t for layer in layers if layer is not None for t in layer if t is not None]
-    return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in storages)
 
 
 @dataclass(frozen=True)
@@ -154,22 +169,25 @@ class PackCache:
         self._lock = threading.Lock()
         self._hits = self._misses = self._bytes = self._evictions = self._views = 0
 
-    def get(self, key: Hashable, make: Callable[[], PackedBlock]) -> PackedBlock:
-        """The packing under ``key``, made by ``make`` on a miss."""
+    def get(self, key: Hashable, size: int, make: Callable[[], PackedBlock]) -> PackedBlock:
+        """The packing under ``key``, of ``size`` bytes of copies, made by ``make`` on a miss.
+
+        Others leave before it is made, so that the copies never take more than the budget together.
+        """
         with self._lock:
             if key in self._entries:
                 self._hits += 1
                 self._entries.move_to_end(key)
                 return self._entries[key]
             self._misses += 1
-            packed = make()
-            self._entries[key] = packed
-            self._bytes += packed.copied_bytes
-            self._views += not packed.copied_bytes
-            while self._bytes > self.budget:
+            while self._entries and self._bytes + size > self.budget:
                 _, dropped = self._entries.popitem(last=False)
                 self._bytes -= dropped.copied_bytes
                 self._evictions += 1
+                del dropped  # its memory may be what the next one takes
+            packed = self._entries[key] = make()
+            self._bytes += packed.copied_bytes
+            self._views += not packed.copied_bytes
             return packed
 
     def clear(self) -> None:

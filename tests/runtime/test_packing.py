@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from dydit.runtime.packing import (
     block_bytes,
     check_budget,
     pack_block,
+    packed_bytes,
 )
 
 H, G, D = 4, 8, 32
@@ -119,22 +122,43 @@ def entry(size: int) -> PackedBlock:
 def test_the_least_recently_used_packing_leaves_first() -> None:
     cache = PackCache(budget=10)
     first, second, third = entry(4), entry(4), entry(4)
-    assert cache.get("first", lambda: first) is first
-    assert cache.get("second", lambda: second) is second
-    assert cache.get("first", lambda: pytest.fail("made twice")) is first
-    assert cache.get("third", lambda: third) is third  # "second" has to go
-    assert cache.get("first", lambda: pytest.fail("the one just used was dropped")) is first
+    assert cache.get("first", 4, lambda: first) is first
+    assert cache.get("second", 4, lambda: second) is second
+    assert cache.get("first", 4, lambda: pytest.fail("made twice")) is first
+    assert cache.get("third", 4, lambda: third) is third  # "second" has to go
+    assert cache.get("first", 4, lambda: pytest.fail("the one just used was dropped")) is first
     again = entry(4)
-    assert cache.get("second", lambda: again) is again
+    assert cache.get("second", 4, lambda: again) is again
     statistics = cache.statistics()
     assert statistics == PackStatistics(hits=2, misses=4, bytes=8, evictions=2, views=0)
 
 
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+@given(
+    heads=st.lists(st.booleans(), min_size=H, max_size=H),
+    groups=st.lists(st.booleans(), min_size=G, max_size=G),
+)
+def test_the_size_of_a_packing_is_known_before(layout: str, heads: list[bool], groups: list[bool]) -> None:
+    attention, mlp = parts()
+    if layout == "separate":
+        attention = AttentionParts(tuple(nn.Linear(D, D) for _ in range(3)), attention.out, H)
+    packed = pack_block(attention, mlp, np.array(heads), np.array(groups))
+    assert packed_bytes(attention, mlp, np.array(heads), np.array(groups)) == packed.copied_bytes
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))
 def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
-    cache = PackCache(budget=10)
+    cache, made = PackCache(budget=10), []
     for key, size in requests:
-        cache.get(key, lambda size=size: entry(size))  # type: ignore[misc]
+
+        def make(size: int = size) -> PackedBlock:
+            alive = [packed() for packed in made]
+            assert sum(p.copied_bytes for p in alive if p is not None) + size <= 10  # room was made before
+            packed = entry(size)
+            made.append(weakref.ref(packed))
+            return packed
+
+        cache.get(key, size, make)
         assert cache.statistics().bytes <= 10
     statistics = cache.statistics()
     assert statistics.hits + statistics.misses == len(requests)
@@ -143,18 +167,18 @@ def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
 def test_a_failed_packing_leaves_the_cache_usable() -> None:
     cache = PackCache(budget=10)
     with pytest.raises(MemoryError):
-        cache.get("key", lambda: (_ for _ in ()).throw(MemoryError()))
+        cache.get("key", 1, lambda: (_ for _ in ()).throw(MemoryError()))
     packed = entry(1)
-    assert cache.get("key", lambda: packed) is packed
+    assert cache.get("key", packed.copied_bytes, lambda: packed) is packed
 
 
 def test_clear_forgets_the_packings() -> None:
     cache = PackCache(budget=10)
-    cache.get("key", lambda: entry(4))
+    cache.get("key", 4, lambda: entry(4))
     cache.clear()
     assert cache.statistics().bytes == 0
     packed = entry(4)
-    assert cache.get("key", lambda: packed) is packed
+    assert cache.get("key", packed.copied_bytes, lambda: packed) is packed
 
 
 def test_a_budget_below_one_block_is_refused() -> None:
