@@ -49,7 +49,7 @@ def conditions(found: Benchmark) -> str:
     where = machine.device if machine.device != "cpu" else f"{machine.threads} of {machine.cores} CPU cores"
     words = [
         f"{machine.processor}, {where}, torch {machine.torch}, Python {machine.python}, {machine.system}, "
-        f"dydit {machine.dydit}; {found.started[:10]}.",
+        f"dydit {machine.dydit}; {found.started[:10]}{_load(machine.load)}.",
         f"{settings['rounds']} rounds; {'everything' if settings['compile'] else 'nothing'} compiled.",
     ]
     if settings["path"] is None:
@@ -60,6 +60,11 @@ def conditions(found: Benchmark) -> str:
         if budgets:
             words.append("Budget of packed weights: " + ", ".join(map(megabytes, sorted(budgets))) + ".")
     return " ".join(words)
+
+
+def _load(load: float | None) -> str:
+    """How busy the machine was before: times on a busy one say little."""
+    return "" if load is None else f", load average {load:g} before"
 
 
 def _of_case(case: Case) -> str:

@@ -110,7 +110,7 @@ def _network(
     subject = Subject(model, plan, SamplerConfig(**order["sampler"]), synthetic=True, seed=settings.seed)
     name = order["network"]
     network = dense(subject.static, False) if name == STATIC else make_engine(subject, settings, name)
-    timesteps = spread(plan.timesteps, TIMESTEPS)
+    timesteps = spread(plan.timesteps, 1 if name == STATIC else TIMESTEPS)  # a static call is like another
     inputs = {batch: subject.noise_call(batch) for batch in case.batches}
     return network, {batch: dict.fromkeys(timesteps, call) for batch, call in inputs.items()}
 

@@ -22,6 +22,7 @@ class Machine(_Frozen):
 
     Attributes:
         threads: CPU threads of torch; cores: of the machine, as the process may use them.
+        load: processes that wanted to run in the minute before (load average); None where nobody counts them.
     """
 
     processor: str
@@ -32,6 +33,7 @@ class Machine(_Frozen):
     python: str
     torch: str
     dydit: str
+    load: float | None = None
 
 
 class Round(_Frozen):

@@ -78,6 +78,7 @@ def _machine(device: str) -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         dydit=dydit.__version__,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 
 

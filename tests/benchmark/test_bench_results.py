@@ -116,7 +116,14 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_page_says_what_it_measured_and_what_is_missing() -> None:
     text = page(made_up(finished=None), "bench.png")
-    for words in ("A processor", "2 of 2 CPU cores", "`dydit bench DiT-XL/2`", "Not complete", "bench.png"):
+    for words in (
+        "A processor",
+        "2 of 2 CPU cores",
+        "`dydit bench DiT-XL/2`",
+        "Not complete",
+        "bench.png",
+        "load average 0.25 before",
+    ):
         assert words in text
     assert "Not complete" not in page(made_up())
     assert page(made_up(made_up_case(rows=4))).count("both halves of guidance") == 1
