@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
+from dydit.cli.sizes import parse_bytes
 from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ def sample(
             show_default="exact",
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Sliced weights to keep, such as 1.5GB; without it one more copy of the blocks.",
+        ),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run the subnetworks through torch.compile.")
+    ] = False,
     num: Annotated[
         int | None, typer.Option(min=1, help="Images in all; without it one per class.", show_default=False)
     ] = None,
@@ -55,8 +66,10 @@ def sample(
 ) -> None:
     """Draw images of given classes."""
     classes = parse_labels(labels)
-    if mode is not None and schedule is None:
-        raise ConfigError("--mode without --schedule", remedy="add --schedule, or leave --mode out")
+    for given, option in ((mode, "--mode"), (memory_budget, "--memory-budget"), (compile, "--compile")):
+        if given and schedule is None:
+            raise ConfigError(f"{option} without --schedule", remedy=f"add --schedule, or leave {option} out")
+    budget = parse_bytes("--memory-budget", memory_budget)
     import torch
 
     from dydit.cli.images import draw_images, write_images
@@ -78,7 +91,8 @@ def sample(
     if plan is not None:
         for timestep in method.timesteps:
             plan.index_of(timestep)  # a missing one is told before any work is done
-        network = SubnetEngine(network, plan, mode=mode.value if mode else "exact")
+        options: dict[str, Any] = {"mode": mode.value if mode else "exact", "compile": compile}
+        network = SubnetEngine(network, plan, memory_budget=budget, **options)
     check_writable(out)
     drawn = [classes[i % len(classes)] for i in range(num or len(classes))]
     images = draw_images(method, network, drawn, seed)

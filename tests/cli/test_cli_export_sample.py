@@ -52,6 +52,27 @@ def test_engine_draws_what_the_masked_model_draws(
     torch.testing.assert_close(engine["images"], masked["images"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_small_memory_budget_changes_no_image(
+    command: Any, models: Any, exported: Path, tmp_path: Path
+) -> None:
+    words = ("sample", exported, "--schedule", exported, "--labels", "0,3", "--steps", "4")
+    assert command(*words, "--out", tmp_path / "plenty").status == 0
+    assert command(*words, "--memory-budget", "100KB", "--out", tmp_path / "little").status == 0
+    plenty, little = (load_file(tmp_path / name / "samples.safetensors") for name in ("plenty", "little"))
+    assert torch.equal(plenty["images"], little["images"])
+    refused = command(*words, "--memory-budget", "10", "--out", tmp_path / "none")
+    assert refused.status == 2 and "memory budget of 10 bytes" in refused.error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("option", [("--memory-budget", "1GB"), ("--compile",), ("--mode", "exact")])
+def test_options_of_the_engine_need_a_schedule(
+    command: Any, models: Any, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    outcome = command("sample", models.dynamic, "--labels", "0", "--out", tmp_path / "out", *option)
+    assert outcome.status == 2 and f"{option[0]} without --schedule" in outcome.error
+
+
 def test_equal_commands_write_equal_files(command: Any, models: Any, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):

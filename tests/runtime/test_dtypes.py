@@ -1,0 +1,53 @@
+"""Half precision against fp32: the same subnetworks, outputs within what the format can tell apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from torch import Tensor, nn
+
+from dydit.dynamic.dydit import DyDiT
+from dydit.export.schedule import SubnetSchedule
+from dydit.runtime.engine import Mode, SubnetEngine
+from dydit.shapes import CONDITIONINGS
+
+# Errors of a few roundings of 8 and 11 bits each, relative to the largest output.
+TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def routed(conditioning: str) -> tuple[DyDiT, SubnetSchedule, Tensor, Tensor]:
+    """A model, its schedule, and one sample per timestep.
+
+    On these samples the token scores keep a gap, and the capacities cut in it, so that rounding does not
+    decide which tokens are kept.
+    """
+    model = small_dydit(3, conditioning=conditioning)
+    x, y = small_inputs(model.shape, batch=len(TIMESTEPS), seed=3)
+    _, routing = model(x, torch.tensor(TIMESTEPS), y, return_routing=True)
+    capacities = routing.tokens.sum(-1).int().numpy()  # (S, L)
+    return model, SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities), x, y
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_engine_in_half_precision_agrees_with_fp32(conditioning: str, dtype: torch.dtype) -> None:
+    model, schedule, x, y = routed(conditioning)
+    t = torch.tensor(TIMESTEPS)
+    full = SubnetEngine(model, schedule)(x, t, y)
+    y = y.to(dtype) if y.is_floating_point() else y
+    half = SubnetEngine(model, schedule, dtype=dtype)(x.to(dtype), t, y)
+    assert half.dtype == dtype and relative_error(half.float(), full) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_sliced_equals_masked_in_half_precision(dtype: torch.dtype, mode: Mode) -> None:
+    model, schedule, x, y = routed("adaln_zero")
+    half = nn.Module.to(model, dtype)
+    engine = SubnetEngine(half, schedule, verify=False, mode=mode)
+    assert schedule.capacities is not None
+    for i, t in enumerate(TIMESTEPS):
+        sample = x[i : i + 1].to(dtype), t, y[i : i + 1]
+        masked = half(*sample, capacities=schedule.capacities[i].tolist() if mode == "capacity" else None)
+        assert relative_error(engine(*sample).float(), masked.float()) < TOLERANCES[dtype]
