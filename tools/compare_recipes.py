@@ -41,7 +41,6 @@ COLUMNS = {
     "class accuracy": ("accuracy", "{:.1%}"),
     "share of views": ("view_share", "{:.0%}"),
     "distinct subnetworks": ("subnetworks", "{:.0f}"),
-    "training": ("seconds", "{:.0f} s"),
 }
 
 

@@ -25,17 +25,20 @@ TYPES |= {"I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool, "F64": tor
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Name -> tensor. (The format: length of a JSON header, the header, the bytes.)"""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
-        a, b = entry["data_offsets"]
-        shape, dtype = entry["shape"], TYPES[entry["dtype"]]
-        content = bytearray(data[start + a : start + b])
-        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(shape)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            content = bytearray(last - first)
+            file.seek(start + first)
+            if file.readinto(content) < len(content):
+                raise EOFError(f"{path} ends within {name}: copy the folder again")
+            dtype = TYPES[entry["dtype"]]
+            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 
@@ -83,7 +86,10 @@ class Deployment:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps."""
-        position = self.plan["timesteps"].index(torch.tensor(float(t), dtype=torch.float32).item())
+        step = torch.tensor(float(t), dtype=torch.float32).item()
+        if step not in self.plan["timesteps"]:
+            raise ValueError(f"timestep {t}; the folder holds {', '.join(map(str, self.plan['timesteps']))}")
+        position = self.plan["timesteps"].index(step)
         timesteps = torch.full((len(x),), float(t), device=self.device)
         tokens, cond = self._run("embed", self.plan["embed"], x, timesteps, y)
         for i, block in enumerate(self.plan["blocks"]):

@@ -180,6 +180,21 @@ def test_the_reader_of_weights_reads_what_safetensors_writes(
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
 
 
+def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(EOFError, match="ends within"):
+        read_safetensors(path)
+
+
+def test_a_timestep_outside_of_the_schedule_is_refused(tmp_path: Path) -> None:
+    model = small_dydit(0, mixed=False)
+    found = deployed(tmp_path, model, routed(model, capacities=False))
+    with pytest.raises(ValueError, match=r"timestep 3.0; the folder holds 950.0, 830.0, "):
+        found(*small_inputs(model.shape)[:1], 3.0, small_inputs(model.shape)[1])
+
+
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
     model = small_dydit(0, mixed=False)
     schedule = SubnetSchedule.from_model(model, STEPS)
