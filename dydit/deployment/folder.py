@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from dydit.deployment import loader
@@ -38,13 +40,20 @@ def write_deployment(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Pr
     try:
         (folder / PROGRAMS).mkdir()
         for name, program in programs.programs.items():
-            torch.export.save(program, folder / PROGRAMS / f"{name}.pt2")
+            torch.export.save(_bare(program), folder / PROGRAMS / f"{name}.pt2")
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
     except (OSError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
         raise OutputError(f"{folder} cannot be written ({error})") from error
     write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs), indent=1))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
+
+
+def _bare(program: ExportedProgram) -> ExportedProgram:
+    """The program without the inputs that it was traced with: a block's weights would be in every file."""
+    bare = copy.copy(program)
+    bare._example_inputs = None
+    return bare
 
 
 def compiler() -> str | None:

@@ -149,8 +149,8 @@ def test_250_timesteps_take_no_more_programs_than_a_few(tmp_path: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert sizes["weights.safetensors"] < weights + 50_000
-    # Of the real sizes' weights (DiT-S/2: 130 MB) this is little.
-    assert sum(sizes.values()) - sizes["weights.safetensors"] < 1_000_000
+    # Whatever the model's size: no weight is in a program.
+    assert sum(sizes.values()) - sizes["weights.safetensors"] < 400_000
 
 
 def test_slices_stay_below_the_budget(tmp_path: Path) -> None:
