@@ -50,8 +50,10 @@ def run_variant(cfg: RunConfig) -> dict[str, float]:
     torch.manual_seed(cfg.seed)
     model = convert(backbone, cfg.dydit)
     start = time.perf_counter()
-    logged = train(model, cfg, make_dataset(cfg.data), frozen_backbone=backbone).metrics
-    seconds = time.perf_counter() - start
+    trained = train(model, cfg, make_dataset(cfg.data), frozen_backbone=backbone, resume="auto")
+    if trained.stopped:
+        raise SystemExit("stopped; the same command goes on")
+    logged, seconds = trained.metrics, time.perf_counter() - start
     sampler = make_sampler(cfg.sampler, backbone.shape.learn_sigma)
     schedule = SubnetSchedule.from_model(model, sampler.timesteps, cfg.sampler.model_dump(mode="json"))
     subject = Subject(backbone, model, SubnetEngine(model, schedule), sampler, cfg.seed)

@@ -34,6 +34,9 @@ from dydit.runtime.engine import SubnetEngine
 from dydit.shapes import CONDITIONINGS
 
 STEPS = [float(t) for t in range(950, 0, -120)]  # 8 timesteps
+DESIGNS = [
+    pytest.param(name, marks=() if name == "adaln_zero" else pytest.mark.slow) for name in CONDITIONINGS
+]
 
 
 def routed(model: DyDiT, capacities: bool, seed: int = 0) -> SubnetSchedule:
@@ -67,7 +70,7 @@ def check(found: Any, model: DyDiT, schedule: SubnetSchedule, tolerance: float =
 
 
 @pytest.mark.parametrize("capacities", [False, True])
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", DESIGNS)
 def test_the_folder_computes_what_the_engine_does(
     tmp_path: Path, conditioning: str, capacities: bool
 ) -> None:
@@ -105,6 +108,7 @@ def test_half_precision(tmp_path: Path) -> None:
     check(deployed(tmp_path, half, schedule), half, schedule, tolerance=2e-2)
 
 
+@pytest.mark.slow
 def test_aot_inductor_computes_the_same(tmp_path: Path) -> None:
     model = small_dydit(0, mixed=False)
     schedule = routed(model, capacities=True)
