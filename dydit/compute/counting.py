@@ -146,7 +146,7 @@ def _block(calls: list[str], scopes: Mapping[str, str]) -> str:
 
 
 def _part(operator: str, layer: str, parts: Mapping[str, str]) -> str:
-    if operator == "scaled_dot_product_attention":
+    if operator in ("scaled_dot_product_attention", "bmm"):  # of two activations: the others have weights
         return ATTENTION_PRODUCTS
     part = next((parts[name] for name in layer.split(".") if name in parts), OTHER)
     # The final norm is the decoder's.

@@ -27,6 +27,7 @@ def check_counts(model: DyDiT, capacities: np.ndarray, batch: int = 2) -> None:
     schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
     engine = SubnetEngine(model, schedule, mode="capacity")
     x, y = small_inputs(model.shape, batch)
+    x = x.to(next(model.parameters()).dtype)
     for position, t in enumerate(TIMESTEPS):
         call = count_engine(engine, x, t, y)
         assert call.counted.unsupported == {}
@@ -47,6 +48,14 @@ def some_capacities(model: DyDiT, seed: int = 0) -> np.ndarray:
 def test_every_design(conditioning: str) -> None:
     model = small_dydit(conditioning=conditioning)
     check_counts(model, some_capacities(model))
+
+
+def test_in_bfloat16_where_attention_is_computed_in_products() -> None:
+    model = torch.nn.Module.to(small_dydit(), torch.bfloat16)
+    check_counts(model, some_capacities(model))
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))
+    x, y = small_inputs(model.shape)
+    assert count_engine(engine, x.bfloat16(), TIMESTEPS[0], y).counted.by_op["bmm"] > 0
 
 
 def test_diffusers_own_model() -> None:

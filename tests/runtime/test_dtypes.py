@@ -6,10 +6,12 @@ import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import Mode, SubnetEngine
+from dydit.runtime.sliced import self_attention
 from dydit.shapes import CONDITIONINGS
 
 # Errors of a few roundings of 8 and 11 bits each, relative to the largest output.
@@ -51,3 +53,12 @@ def test_sliced_equals_masked_in_half_precision(dtype: torch.dtype, mode: Mode) 
         sample = x[i : i + 1].to(dtype), t, y[i : i + 1]
         masked = half(*sample, capacities=schedule.capacities[i].tolist() if mode == "capacity" else None)
         assert relative_error(engine(*sample).float(), masked.float()) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("most_scores", [0, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCES])
+def test_attention_in_products_or_in_one_kernel(dtype: torch.dtype, most_scores: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = F.scaled_dot_product_attention(q, k, v)
+    found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype), most_scores)
+    assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)
