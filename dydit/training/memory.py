@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,20 @@ from torch import Tensor, nn
 from dydit.config import TrainConfig
 
 MIB = 1 << 20
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 FLOAT32_BYTES = 4
 ADAM_MOMENTS = 2
+
+
+def return_freed_memory() -> None:
+    """Have the C library give tensors of 4 MiB and more back to the system as soon as they are freed.
+
+    For gradient checkpointing on the CPU. glibc otherwise learns to keep them, in one heap for each of forward
+    and backward, and the activations that were let go stay with the process. For the whole process; other
+    C libraries are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * MIB)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ def make_ema(model: nn.Module, config: TrainConfig) -> EMAModel:
     The decay at step k is min((1 + k) / (10 + k), ``ema_decay``), diffusers' rule: without it a short run
     would average mostly its starting point.
     """
-    ema = EMAModel(local_parameters(model), decay=config.ema_decay, foreach=True)
+    parameters = local_parameters(model)
+    # All tensors at once take a second copy of the weights for a moment; on the CPU that buys no speed.
+    on_gpu = parameters[0].device.type != "cpu" and config.ema_device != "cpu"
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=on_gpu)
     if config.ema_device == "cpu":
         ema.to(device="cpu")
     return ema

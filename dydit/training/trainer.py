@@ -24,6 +24,7 @@ from dydit.training.checks import check_dropout, check_same_run, check_target, m
 from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
 from dydit.training.faults import faulty_router, over_processes
 from dydit.training.losses import LossTerms
+from dydit.training.memory import return_freed_memory
 from dydit.training.metrics import Window
 from dydit.training.optim import lr_factor, make_ema, make_optimizer, set_learning_rate, update_ema
 from dydit.training.rng import RngState, capture_rng, restore_rng
@@ -75,6 +76,8 @@ class Trainer:
         self.objective = make_objective(cfg.objective, learn_sigma=model.shape.learn_sigma)
         if cfg.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+            if self.accelerator.device.type == "cpu":
+                return_freed_memory()
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, cfg.train))
         self.ema = make_ema(self.model, cfg.train)
