@@ -21,7 +21,7 @@ ADAM_MOMENTS = 2
 def return_freed_memory() -> None:
     """Have the C library give tensors of 4 MiB and more back to the system as soon as they are freed.
 
-    For gradient checkpointing on the CPU. glibc otherwise learns to keep them, in one heap for each of forward
+    For gradient checkpointing on the CPU. glibc otherwise learns to keep them, in a heap each for forward
     and backward, and the activations that were let go stay with the process. For the whole process; other
     C libraries are left alone.
     """
