@@ -101,10 +101,13 @@ def test_a_diffusers_model(tmp_path: Path, capacities: bool) -> None:
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    model = torch.nn.Module.to(small_dydit(0, mixed=False), torch.bfloat16)
-    schedule = routed(model.float(), capacities=True)
+    """With all tokens or none: rounding, which differs here and there, would decide between close scores."""
+    model = small_dydit(0, mixed=False)
+    schedule = routed(model, capacities=True)
+    assert schedule.capacities is not None
+    all_or_none = np.where(schedule.capacities < 8, 0, model.shape.tokens)
     half = torch.nn.Module.to(model, torch.bfloat16)
-    schedule = SubnetSchedule.from_model(half, STEPS, capacities=schedule.capacities)
+    schedule = SubnetSchedule.from_model(half, STEPS, capacities=all_or_none)
     check(deployed(tmp_path, half, schedule), half, schedule, tolerance=2e-2)
 
 

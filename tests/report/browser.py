@@ -102,12 +102,16 @@ def check_page(driver: WebDriver, page: Path, charts: int, images: int) -> None:
     assert all(alt and width > 0 for alt, width in state["images"]), f"empty or untold: {state['images']}"
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not errors, f"the browser reports: {errors}"
-    assert not foreign_requests(driver), f"the page asks the network for {foreign_requests(driver)}"
+    foreign = foreign_requests(driver)  # reading empties the log: once
+    assert not foreign, f"the page asks the network for {foreign}"
 
 
 def foreign_requests(driver: WebDriver) -> list[str]:
-    """Addresses that pages asked for, apart from files and the browser's own start page; empties the log."""
+    """Addresses that pages from disk asked for, apart from files; what the browser itself wants is not theirs.
+
+    Reading empties the log.
+    """
     messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    asked = [params["request"]["url"] for params in sent if not params["documentURL"].startswith("chrome:")]
+    asked = [params["request"]["url"] for params in sent if params["documentURL"].startswith("file:")]
     return [url for url in asked if url.split(":", 1)[0] not in ("file", "data", "blob", "about")]
