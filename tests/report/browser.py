@@ -107,7 +107,7 @@ def check_page(driver: WebDriver, page: Path, charts: int, images: int) -> None:
 
 
 def foreign_requests(driver: WebDriver) -> list[str]:
-    """Addresses that pages from disk asked for, apart from files; what the browser itself wants is not theirs.
+    """Addresses that pages from disk asked for, apart from files; the browser itself may ask for others.
 
     Reading empties the log.
     """
