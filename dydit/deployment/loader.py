@@ -69,7 +69,7 @@ class Deployment:
     ) -> None:
         folder = Path(folder)
         self.plan = json.loads((folder / "deployment.json").read_text())
-        self.device, self.dtype = torch.device(device), getattr(torch, self.plan["dtype"])
+        self.device = torch.device(device)
         self.weights = {
             name: tensor.to(self.device)
             for name, tensor in read_safetensors(folder / self.plan["weights"]).items()
