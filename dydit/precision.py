@@ -1,4 +1,4 @@
-"""Where autocast is on, some parts are computed in the weights' own number format all the same."""
+"""Number formats: their short names, and parts that autocast leaves in the weights' own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:

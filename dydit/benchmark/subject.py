@@ -24,9 +24,9 @@ from dydit.errors import ConfigError, ScheduleError
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
 from dydit.models.presets import preset_arguments
+from dydit.precision import DTYPES
 from dydit.runtime.engine import SubnetEngine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUIDANCE_SCALE = 1.5  # of the DiT paper's best figures; where guidance is asked for and no scale is known
 OWN_PART = 0.05  # of a random network's output in a sampling run; the rest is the linear prediction
 CAPACITY_SAMPLES = 8  # images whose kept tokens choose the capacities of a model without any

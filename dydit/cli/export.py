@@ -27,11 +27,6 @@ class AotDtype(str, Enum):
     BF16 = "bf16"
     FP16 = "fp16"
 
-    @property
-    def torch_name(self) -> str:
-        """The name in torch."""
-        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.value]
-
 
 def export(
     model: Annotated[
@@ -98,24 +93,33 @@ def export(
     schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
         schedule.save(str(folder))
-        if with_weights or order:
+        if saved := with_weights or order:
             network.save_pretrained(folder)
-        compiled = _deploy(folder, network, schedule, aot_dtype, aot_compile) if aot else ""
+        compiled = _deploy(folder, network, schedule, saved, aot_dtype, aot_compile) if aot else ""
     typer.echo("\n".join([*_story(out, schedule, found, views_before), *([compiled] if compiled else [])]))
 
 
 def _deploy(
-    folder: Path, network: DyDiT, schedule: SubnetSchedule, dtype: AotDtype | None, compile: bool | None
+    folder: Path,
+    network: DyDiT,
+    schedule: SubnetSchedule,
+    saved: bool,
+    dtype: AotDtype | None,
+    compile: bool | None,
 ) -> str:
-    """Write the programs, and say what was written."""
+    """Write the programs, and the weights where the ``saved`` model's will not do; say what was written."""
     import torch
 
     from dydit.deployment.folder import compile_programs, compiler, write_deployment
+    from dydit.models.checkpoints.sources import WEIGHTS
+    from dydit.precision import DTYPES
 
-    if dtype is not None:
-        torch.nn.Module.to(network, getattr(torch, dtype.torch_name))
-    torch.nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
-    programs = write_deployment(folder, network, schedule)
+    own = next(network.parameters()).dtype
+    wanted_dtype = own if dtype is None else DTYPES[dtype.value]
+    file = f"{WEIGHTS}.safetensors"
+    shared = file if saved and wanted_dtype == own and (folder / file).is_file() else None  # not in shards
+    torch.nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu", wanted_dtype)
+    programs = write_deployment(folder, network, schedule, shared)
     wanted = compiler() is not None if compile is None else compile
     if wanted:
         compile_programs(folder, programs, progress=True)
@@ -157,13 +161,17 @@ def _read_off(
     from dydit.export.schedule import SubnetSchedule
 
     timesteps = make_sampler(settings, network.shape.learn_sigma).timesteps
-    facts = (found.capacities, found.to_json()) if found else (None, None)
-    schedule = SubnetSchedule.from_model(network, timesteps, settings.model_dump(), *facts)
+    capacities, search = (found.capacities, found.to_json()) if found else (None, None)
+
+    def read_off(weights: str | None = None) -> SubnetSchedule:
+        sampler = settings.model_dump()
+        return SubnetSchedule.from_model(network, timesteps, sampler, capacities, search, weights)
+
     if not order:
-        return schedule, None
-    order_by_use(network, schedule)
-    ordered = SubnetSchedule.from_model(network, timesteps, settings.model_dump(), *facts)
-    return ordered, schedule.view_share
+        return read_off(), None
+    unordered = read_off(weights="")  # no sha256 of weights that are about to move
+    order_by_use(network, unordered)
+    return read_off(), unordered.view_share
 
 
 def _story(

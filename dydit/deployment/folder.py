@@ -25,13 +25,16 @@ from dydit.routing.gates import logit
 WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run.py", "programs"
 
 
-def write_deployment(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Programs:
+def write_deployment(
+    folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
+) -> Programs:
     """Write the programs, the weights that they share, and what runs them, beside the schedule.
 
     Args:
         folder: that holds the saved schedule.
         model: on the device and in the dtype to run in.
         schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
+        weights: safetensors file in the folder that holds the model's state; None: it is written here.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -41,10 +44,11 @@ def write_deployment(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Pr
         (folder / PROGRAMS).mkdir()
         for name, program in programs.programs.items():
             torch.export.save(_bare(program), folder / PROGRAMS / f"{name}.pt2")
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
+        if weights is None:
+            save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
     except (OSError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
         raise OutputError(f"{folder} cannot be written ({error})") from error
-    write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs), indent=1))
+    write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs, weights or WEIGHTS), indent=1))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
 
@@ -78,7 +82,7 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
             ) from error
 
 
-def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:
+def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: str) -> dict[str, Any]:
     weight = next(model.parameters())
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -97,7 +101,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[st
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "components": {"head_rows": model.shape.num_heads, "group_rows": model.shape.mlp_groups},
         "token_logit": logit(schedule.routing.token_threshold),
-        "weights": WEIGHTS,
+        "weights": weights,
         "programs": sorted(programs.programs),
         "embed": programs.embed,
         "decode": programs.decode,

@@ -70,11 +70,13 @@ class SubnetSchedule:
         sampler: dict[str, Any] | None = None,
         capacities: np.ndarray | None = None,
         calibration: dict[str, Any] | None = None,
+        weights: str | None = None,
     ) -> SubnetSchedule:
         """Read the subnetworks of ``model`` at ``timesteps`` (S,) off its width routers.
 
         Args:
             sampler, capacities, calibration: kept as they are (see the attributes).
+            weights: likewise; None: the sha256 is taken here, which reads all weights.
 
         Raises:
             ScheduleError: no timestep, or one twice, capacities that do not fit, or a router that gives NaN
@@ -98,7 +100,7 @@ class SubnetSchedule:
             rows=index.reshape(pairs.shape[:2]).astype(np.int32),
             shape=model.shape,
             routing=model.routing_config,
-            weights=weights_sha256(model),
+            weights=weights_sha256(model) if weights is None else weights,
             sampler=dict(sampler or {}),
             capacities=None if capacities is None else _as_int32(capacities),
             calibration=dict(calibration or {}),

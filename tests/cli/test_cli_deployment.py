@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_the_folder_runs_like_the_engine(saved: Path, tmp_path: Path, options: t
         found, expected = Deployment(out)(x.to(dtype), t, y), engine(x.to(dtype), t, y)
         assert found.dtype == dtype
         assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ((), "weights.safetensors"),
+        (("--order",), "diffusion_pytorch_model.safetensors"),
+        (("--with-weights",), "diffusion_pytorch_model.safetensors"),
+        (("--with-weights", "--aot-dtype", "bf16"), "weights.safetensors"),
+    ],
+)
+def test_weights_are_in_the_folder_once_per_precision(
+    saved: Path, tmp_path: Path, options: tuple[str, ...], file: str
+) -> None:
+    out = tmp_path / "out"
+    assert run(saved, out, "--aot", "--no-aot-compile", *options) == 0
+    assert json.loads((out / "deployment.json").read_text())["weights"] == file
+    own = {"diffusion_pytorch_model.safetensors"} if options else set()
+    assert {path.name for path in out.glob("*.safetensors")} == {"schedule.safetensors", file, *own}
 
 
 @pytest.mark.parametrize("option", [("--aot-dtype", "bf16"), ("--aot-compile",), ("--no-aot-compile",)])
