@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from dydit.dynamic.masked import masked_block
 from dydit.errors import ConfigError, ShapeError
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
-from dydit.models.fixed_positions import computed_positions
+from dydit.models.pretrained import PretrainedModel
 from dydit.routing.gates import GateNoise
 from dydit.routing.routers import BlockRouters, router_shape
 from dydit.routing.routing import Routing, RoutingLogits
@@ -83,7 +83,7 @@ class DynamicBlock(nn.Module):
         return masked_block(adapter, block, self.routers, x, cond, *gates)
 
 
-class DyDiT(ModelMixin, ConfigMixin):
+class DyDiT(PretrainedModel, ConfigMixin):
     """The trained form of a dynamic DiT: dense, gates multiply. Made by ``dydit.convert``.
 
     In training the gates are noisy and differentiable; in evaluation they are thresholded scores.
@@ -240,12 +240,6 @@ class DyDiT(ModelMixin, ConfigMixin):
     def mac_parts(self) -> dict[str, str]:
         """Name of a layer -> its part in a MAC report."""
         return {**self.adapter.layer_parts, "routers": ROUTERS}
-
-    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> None:
-        """Called by ``from_pretrained`` with what it read: exported files leave the fixed positions out."""
-        super()._fix_state_dict_keys_on_load(state_dict)
-        for name, tensor in computed_positions(self).items():
-            state_dict.setdefault(name, tensor)
 
     def _blocks(self) -> nn.ModuleList:
         return self.adapter.blocks(self.backbone)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ from dydit.models.embeddings import (
     check_per_sample,
     sincos_position_embedding,
 )
-from dydit.models.fixed_positions import computed_positions
 from dydit.models.presets import preset_arguments
+from dydit.models.pretrained import PretrainedModel
 from dydit.shapes import ModelShape
 
 # Layer -> the part of the compute that it is; of nested layers the outer one's row counts.
@@ -49,7 +49,7 @@ LAYER_PARTS = {
 }
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(PretrainedModel, ConfigMixin):
     """Diffusion Transformer over latents.
 
     Args:
@@ -206,12 +206,6 @@ class DiT(ModelMixin, ConfigMixin):
     def mac_parts(self) -> dict[str, str]:
         """Name of a layer -> its part in a MAC report."""
         return LAYER_PARTS
-
-    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> None:
-        """Called by ``from_pretrained`` with what it read: exported files leave the fixed positions out."""
-        super()._fix_state_dict_keys_on_load(state_dict)
-        for name, tensor in computed_positions(self).items():
-            state_dict.setdefault(name, tensor)
 
     def _initialize_weights(self) -> None:
         """Xavier for linear layers, N(0, 0.02²) for embeddings, zero for modulations and the last layer."""

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from core_builders import relative_error, small_dit, small_inputs
 from torch import nn
 
-from dydit.models.blocks import Block, Conditioning, CrossAttention, add_gated, modulate
+from dydit.models.blocks import (
+    Block,
+    Conditioning,
+    CrossAttention,
+    ModulationLinear,
+    add_gated,
+    modulate,
+)
 from dydit.shapes import CONDITIONINGS
 
 
@@ -33,6 +40,24 @@ def test_cross_attention_is_torchs_own() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     expected = theirs(x, context, context, key_padding_mask=~mask)[0]
     assert relative_error(ours(x, context, mask[:, None, None]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_modulation_is_a_linear_layer_for_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    layer = ModulationLinear(24, 144, dtype=dtype)
+    x = torch.randn(rows, 24, dtype=dtype, requires_grad=True)
+    found, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+    inputs = (x, layer.weight, layer.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @torch.no_grad()
