@@ -90,6 +90,9 @@ def kept_tokens(engine: SubnetEngine, t: float, rows: int, logits: Mapping[int, 
 def engine_table(engine: SubnetEngine, t: float, kept: np.ndarray) -> MacTable:
     """MACs by closed form of a call at timestep ``t`` in which ``kept`` (B, L) tokens entered the MLP.
 
+    What the engine computes to fill up a block's batch (``SubnetEngine.computed_tokens``) is put down to the
+    last sample.
+
     Raises:
         ScheduleError: the timestep is not in the schedule.
     """
@@ -98,4 +101,8 @@ def engine_table(engine: SubnetEngine, t: float, kept: np.ndarray) -> MacTable:
     heads, groups = (
         np.broadcast_to(masks[position].sum(-1), kept.shape) for masks in (schedule.heads, schedule.groups)
     )
-    return executed_table(engine.shape, schedule.routing, heads, groups, kept)
+    computed, most = kept.copy(), len(kept) * engine.shape.tokens
+    for i, total in enumerate(kept.sum(0).tolist()):
+        if 0 < total < most:  # all tokens, or none, are not gathered
+            computed[-1, i] += engine.computed_tokens(total) - total
+    return executed_table(engine.shape, schedule.routing, heads, groups, computed)

@@ -22,7 +22,7 @@ from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.packing import PackStatistics
 from dydit.runtime.packs import SchedulePacks
-from dydit.runtime.sliced import STAGES, SlicedBlock
+from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
 
 Mode = Literal["exact", "capacity"]
 
@@ -74,9 +74,12 @@ class SubnetEngine(nn.Module):
         self._packs = SchedulePacks(weights, schedule, memory_budget)
         # Recordings read slices where they lie: none may be dropped.
         self._graphs = CudaGraphs() if compile and mode == "capacity" and self._packs.all_fit else None
-        stages = compiled_stages() if compile else STAGES
+        stages, threshold = compiled_stages() if compile else STAGES, schedule.routing.token_threshold
+        weight = next(model.parameters())
+        half_on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        self._fill_up = mode == "exact" and half_on_cpu and not compile
         self.blocks = nn.ModuleList(
-            SlicedBlock(adapter, block, routers.token_router, schedule.routing.token_threshold, stages)
+            SlicedBlock(adapter, block, routers.token_router, threshold, stages, self._fill_up)
             for block, routers in zip(blocks, model.routers, strict=True)
         )
 
@@ -125,6 +128,14 @@ class SubnetEngine(nn.Module):
     def pack_statistics(self) -> PackStatistics:
         """Hits, misses, bytes and evictions of the packed weights."""
         return self._packs.statistics()
+
+    def computed_tokens(self, kept: int) -> int:
+        """Tokens of a batch of which the MLP of a block computes something when it keeps ``kept`` of them.
+
+        More than these in ``exact`` mode in bfloat16 and float16 on the CPU, see ``filled_up``: the others
+        are computed in vain.
+        """
+        return filled_up(kept) if self._fill_up else kept
 
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""

@@ -55,6 +55,16 @@ def sliced_mlp(packed: PackedBlock, act: Any, x: Tensor) -> Tensor:
     return F.linear(act(F.linear(x, *packed.fc1)), *packed.fc2)
 
 
+def filled_up(count: int) -> int:
+    """The number of rows to compute for ``count``: the next multiple of 16, or of about a 32nd of them.
+
+    For bfloat16 and float16 on the CPU, where oneDNN makes and keeps a kernel for each size: with sizes
+    that no call has in common with another, that takes time in every call, and its memory grows.
+    """
+    step = 1 << max(4, count.bit_length() - 6)
+    return -(-count // step) * step
+
+
 class Named(nn.Module):
     """Calls a function; a module only so that fvcore can tell whose MACs it counts."""
 
@@ -78,6 +88,8 @@ class SlicedBlock(nn.Module):
         token_router: logits (..., N) of tokens (..., N, D); None keeps every token.
         token_threshold: score above which a token enters the MLP.
         stages: how the parts of the computation are run; None: as they are written here.
+        fill_up: whether to have the MLP compute ``filled_up`` numbers of tokens where it runs on those
+            above the threshold.
     """
 
     def __init__(
@@ -87,11 +99,12 @@ class SlicedBlock(nn.Module):
         token_router: nn.Module | None,
         token_threshold: float,
         stages: Stages | None = None,
+        fill_up: bool = False,
     ) -> None:
         super().__init__()
         self._parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
         self._token_logit = logit(token_threshold)
-        self._stages = STAGES if stages is None else stages
+        self._stages, self._fill_up = STAGES if stages is None else stages, fill_up
         self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
     def forward(
@@ -141,17 +154,19 @@ class SlicedBlock(nn.Module):
         One gather for the whole batch; norm, modulation, MLP and gate see the kept tokens only.
         """
         B, N, D = x.shape
-        sample = kept // N
+        rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept))) if self._fill_up else kept  # (K') or (K,)
+        sample = rows // N
         shift, scale, gate = (
             None if row is None else row.index_select(0, sample)
             for row in (m.shift_mlp, None if m.scale_mlp is None else 1 + m.scale_mlp, m.gate_mlp)
-        )  # (K, D) each
+        )  # (K', D) each
         flat = x.view(B * N, D)
-        tokens = self._norm(flat.index_select(0, kept))
+        tokens = self._norm(flat.index_select(0, rows))
         if shift is not None and scale is not None:
             tokens = torch.addcmul(shift, tokens, scale)
         update = self.sliced_mlp(packed, self._act, tokens)
-        return _add_rows(flat, kept, update if gate is None else update * gate).view(B, N, D)
+        update = update if gate is None else update * gate
+        return _add_rows(flat, kept, update[: len(kept)] if self._fill_up else update).view(B, N, D)
 
     def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""

@@ -20,6 +20,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.sliced import filled_up
 from dydit.shapes import CONDITIONINGS
 
 
@@ -56,6 +57,24 @@ def test_in_bfloat16_where_attention_is_computed_in_products() -> None:
     engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))
     x, y = small_inputs(model.shape)
     assert count_engine(engine, x.bfloat16(), TIMESTEPS[0], y).counted.by_op["bmm"] > 0
+
+
+@pytest.mark.parametrize(("dtype", "fills"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_tokens_that_fill_up_are_counted(dtype: str, fills: bool) -> None:
+    """In exact mode, in half precision on the CPU, an MLP runs on a multiple of 16 tokens or more."""
+    model = torch.nn.Module.to(small_dydit(3), getattr(torch, dtype))
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))
+    x, y = small_inputs(model.shape, batch=3, seed=3)
+    vain = 0
+    for t in TIMESTEPS:
+        call = count_engine(engine, x.to(model.dtype), t, y)
+        assert call.counted.unsupported == {}
+        assert call.analytic.differences(call.counted.table) == []
+        for kept in call.kept_tokens.sum(0).tolist():
+            assert engine.computed_tokens(kept) == (filled_up(kept) if fills else kept)
+            if 0 < kept < 3 * model.shape.tokens:
+                vain += engine.computed_tokens(kept) - kept
+    assert (vain > 0) == fills  # some calls keep a number that is no multiple
 
 
 def test_diffusers_own_model() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import Mode, SubnetEngine
-from dydit.runtime.sliced import self_attention
+from dydit.runtime.sliced import filled_up, self_attention
 from dydit.shapes import CONDITIONINGS
 
 # Errors of a few roundings of 8 and 11 bits each, relative to the largest output.
@@ -53,6 +55,18 @@ def test_sliced_equals_masked_in_half_precision(dtype: torch.dtype, mode: Mode) 
         sample = x[i : i + 1].to(dtype), t, y[i : i + 1]
         masked = half(*sample, capacities=schedule.capacities[i].tolist() if mode == "capacity" else None)
         assert relative_error(engine(*sample).float(), masked.float()) < TOLERANCES[dtype]
+
+
+@given(st.integers(1, 10**6))
+def test_few_sizes_and_little_in_vain(count: int) -> None:
+    computed = filled_up(count)
+    assert computed % 16 == 0 and count <= computed < count + max(16, count / 32)
+    assert filled_up(computed) == computed
+
+
+def test_an_octave_has_at_most_32_sizes() -> None:
+    for low in (256, 1024, 4096):
+        assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 32
 
 
 @pytest.mark.parametrize("most_scores", [0, 10**6])
