@@ -79,7 +79,8 @@ def _plain(subject: Subject, network: Any, batch: int) -> Callable[[], object]:
 
 def _emptied(engine: SubnetEngine) -> dict[str, int]:
     """Drop what an engine has packed; its counters, which go on."""
-    engine.to(next(engine.parameters()).device)  # packings are stale after a move, also to the same place
+    if not engine.records:  # recordings belong to what is made before the clock runs
+        engine.to(next(engine.parameters()).device)  # packings are stale after a move, also to the same place
     return asdict(engine.pack_statistics())
 
 

@@ -94,9 +94,23 @@ def export(
     with new_folder(out) as folder:
         schedule.save(str(folder))
         if saved := with_weights or order:
-            network.save_pretrained(folder)
+            _save(network, folder, out)
         compiled = _deploy(folder, network, schedule, saved, aot_dtype, aot_compile) if aot else ""
     typer.echo("\n".join([*_story(out, schedule, found, views_before), *([compiled] if compiled else [])]))
+
+
+def _save(network: DyDiT, folder: Path, out: Path) -> None:
+    """Write the weights into ``folder``, which becomes ``out``.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        network.save_pretrained(folder)
+    except SafetensorError as problem:  # its way to tell of a full disk
+        raise OutputError(f"{out} cannot be written ({problem})", remedy="free space") from problem
 
 
 def _deploy(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.export import ExportedProgram
 from tqdm import tqdm
@@ -46,8 +47,10 @@ def write_deployment(
             torch.export.save(_bare(program), folder / PROGRAMS / f"{name}.pt2")
         if weights is None:
             save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
-    except (OSError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
-        raise OutputError(f"{folder} cannot be written ({error})") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, to each writer
+        raise OutputError(
+            f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
+        ) from error
     write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs, weights or WEIGHTS), indent=1))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
@@ -96,7 +99,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         blocks.append({"qkv": [layer(part) for part in attention.qkv], **layers, **stages})
     return {
         "torch_version": torch.__version__,
-        "device": weight.device.type,
+        "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "components": {"head_rows": model.shape.num_heads, "group_rows": model.shape.mlp_groups},

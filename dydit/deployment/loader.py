@@ -5,15 +5,17 @@
     noise = model(x, t, y)  # latents (B, C, height, width), one timestep of the schedule, labels (B,)
 
 The folder holds torch.export programs that take weights as inputs, the weights, and a schedule's masks.
-A timestep's slices of the weights are made when it first comes, and kept up to ``budget`` bytes.
+A timestep's slices of the weights are views where they can be; else they are copied when the timestep first
+comes, and kept up to ``budget`` bytes.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch.export.passes import move_to_device_pass
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 TYPES |= {"I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool, "F64": torch.float64}
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -47,29 +50,81 @@ def unpack_bits(rows: Tensor, count: int) -> Tensor:
     return (rows.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten(1)[:, :count].bool()
 
 
-def take(tensor: Tensor, index: Tensor, components: int, dim: int) -> Tensor:
-    """The components at ``index``, of all that lie along ``dim``."""
-    if len(index) == components:
-        return tensor
-    return tensor.unflatten(dim, (components, -1)).index_select(dim, index).flatten(dim, dim + 1)
+def choose_device(wanted: str | None, made_on: str, compiled: bool) -> torch.device:
+    """With its index: the wanted one; None: of the kind that the programs were made on."""
+    kind = torch.device(made_on).type
+    device = torch.device(wanted or kind)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device {device}; expected one that torch finds here; give device="cpu"')
+    if compiled and device.type != kind:
+        raise ValueError(
+            f"device {device} for compiled programs; expected {kind}, which they were compiled for; "
+            f"leave out compiled=True, or export on a machine for {device.type}"
+        )
+    return torch.empty(0, device=device).device
+
+
+def is_run(index: Tensor) -> bool:
+    """Whether ascending components lie side by side."""
+    return len(index) > 0 and int(index[-1] - index[0]) + 1 == len(index)
+
+
+def thirds(layer: Layer) -> list[Layer]:
+    """The layers of q, of k and of v in one layer that has the rows of all three."""
+    weight, bias = layer
+    return list(zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True))
+
+
+class Cut(NamedTuple):
+    """Rows (dim 0) or columns (dim 1) of a linear layer: of its ``components``, those ``chosen``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    chosen: Tensor
+    components: int
+    dim: int
+    copied: bool  # else a view, for which they must be a run
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory that it takes beyond the layer."""
+        bias = 0 if self.bias is None or self.dim == 1 else self.bias.nbytes
+        return self.copied * (self.weight.nbytes + bias) * len(self.chosen) // self.components
+
+    def make(self) -> Layer:
+        """Weight and bias, which columns have whole."""
+        bias = self.bias if self.bias is None or self.dim == 1 else self._take(self.bias)
+        return self._take(self.weight), bias
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        split = tensor.unflatten(self.dim, (self.components, -1))
+        if self.copied:
+            taken = split.index_select(self.dim, self.chosen.to(tensor.device))
+        else:
+            taken = split.narrow(self.dim, int(self.chosen[0]), len(self.chosen))
+        return taken.flatten(self.dim, self.dim + 1)
 
 
 class Deployment:
-    """A schedule's subnetworks.
+    """A schedule's subnetworks. Several threads may call it.
 
     Args:
         folder: what ``dydit export --aot`` wrote.
-        device: to run on.
+        device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        budget: bytes of sliced weights to keep; None: as many as the weights have.
+        budget: bytes of copied weights to keep; None: as many as the weights have.
     """
 
     def __init__(
-        self, folder: str | Path, device: str = "cpu", compiled: bool = False, budget: int | None = None
+        self,
+        folder: str | Path,
+        device: str | None = None,
+        compiled: bool = False,
+        budget: int | None = None,
     ) -> None:
         folder = Path(folder)
         self.plan = json.loads((folder / "deployment.json").read_text())
-        self.device = torch.device(device)
+        self.device, self.compiled = choose_device(device, self.plan["device"], compiled), compiled
         self.weights = {
             name: tensor.to(self.device)
             for name, tensor in read_safetensors(folder / self.plan["weights"]).items()
@@ -77,19 +132,21 @@ class Deployment:
         self.masks = read_safetensors(folder / "schedule.safetensors")
         for kind, count in self.plan["components"].items():
             self.masks[kind] = unpack_bits(self.masks[kind], count)
-        self.programs = {
-            name: self._load(folder / "programs", name, compiled) for name in self.plan["programs"]
-        }
+        self.programs = {name: self._load(folder / "programs", name) for name in self.plan["programs"]}
         self.packs: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self.lock = threading.Lock()
         self.budget = sum(w.nbytes for w in self.weights.values()) if budget is None else budget
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps."""
-        step = torch.tensor(float(t), dtype=torch.float32).item()
-        if step not in self.plan["timesteps"]:
-            raise ValueError(f"timestep {t}; the folder holds {', '.join(map(str, self.plan['timesteps']))}")
-        position = self.plan["timesteps"].index(step)
+        step, steps = torch.tensor(float(t), dtype=torch.float32).item(), self.plan["timesteps"]
+        if step not in steps:
+            raise ValueError(
+                f"timestep {t}; expected one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g}); "
+                "export again for the sampler and number of steps that you sample with"
+            )
+        position = steps.index(step)
         timesteps = torch.full((len(x),), float(t), device=self.device)
         tokens, cond = self._run("embed", self.plan["embed"], x, timesteps, y)
         for i, block in enumerate(self.plan["blocks"]):
@@ -98,7 +155,7 @@ class Deployment:
 
     def _block(self, position: int, i: int, block: dict[str, Any], tokens: Tensor, cond: Any) -> Tensor:
         pack = self._pack(i, int(self.masks["rows"][position, i]), block)
-        attend = {0: "attend_without_heads", 1: "attend_of_one_head"}.get(pack["heads"], "attend")
+        attend = pack["attend"]
         tokens, modulation, logits = self._run(attend, block[attend], tokens, cond, pack["qkv"], pack["out"])
         rows = None if logits is None else self._rows(position, i, logits)
         mlp = "mlp_of_all" if rows is None else "mlp_of_kept"
@@ -121,47 +178,55 @@ class Deployment:
         return None if len(rows) == B * N else rows
 
     def _pack(self, i: int, row: int, block: dict[str, Any]) -> dict[str, Any]:
-        """Slices of a block's weights."""
-        if (i, row) not in self.packs:
-            self.packs[i, row] = self._slice(row, block)
-            while sum(pack["bytes"] for pack in self.packs.values()) > self.budget and len(self.packs) > 1:
-                self.packs.popitem(last=False)
-        self.packs.move_to_end((i, row))
-        return self.packs[i, row]
+        """Slices of a block's weights; for what is copied the least recently used make room first."""
+        with self.lock:
+            if (i, row) not in self.packs:
+                attend, cuts = self._cuts(row, block)
+                size = sum(cut.copied_bytes for cut in cuts)
+                while self.packs and size + sum(pack["bytes"] for pack in self.packs.values()) > self.budget:
+                    self.packs.popitem(last=False)
+                *qkv, out, fc1, fc2 = (
+                    cut.make() if cut.dim == 1 or len(cut.chosen) else None for cut in cuts
+                )
+                pack = {"attend": attend, "qkv": qkv, "out": out, "fc1": fc1, "fc2": fc2, "bytes": size}
+                if size > self.budget:
+                    return pack
+                self.packs[i, row] = pack
+            self.packs.move_to_end((i, row))
+            return self.packs[i, row]
 
-    def _slice(self, row: int, block: dict[str, Any]) -> dict[str, Any]:
+    def _cuts(self, row: int, block: dict[str, Any]) -> tuple[str, list[Cut]]:
+        """Which program runs the attention; what it and the MLP take of q, k, v, out, fc1 and fc2."""
         H, G = (self.plan["components"][kind] for kind in ("head_rows", "group_rows"))
-        heads = self.masks["head_rows"][row].nonzero().squeeze(1).to(self.device)
-        groups = self.masks["group_rows"][row].nonzero().squeeze(1).to(self.device)
-        fused = len(block["qkv"]) == 1  # rows of q, then k, then v
-        rows = torch.cat([heads, heads + H, heads + 2 * H]) if fused else heads
-        pack: dict[str, Any] = {
-            "heads": len(heads),
-            "qkv": [
-                self._layer(layer, rows, 3 * H if fused else H, 0) for layer in block["qkv"] if len(heads)
-            ],
-            "out": self._layer(block["out"], heads, H, 1),
-            "fc1": self._layer(block["fc1"], groups, G, 0) if len(groups) else None,
-            "fc2": self._layer(block["fc2"], groups, G, 1),
-        }
-        layers = [*pack["qkv"], pack["out"], pack["fc1"] or [], pack["fc2"]]
-        return {**pack, "bytes": sum(t.nbytes for layer in layers for t in layer if t is not None)}
+        heads, groups = (self.masks[kind][row].nonzero().squeeze(1) for kind in ("head_rows", "group_rows"))
+        qkv, index, count = [self._layer(names) for names in block["qkv"]], heads, H
+        attend = {0: "attend_without_heads", 1: "attend_of_one_head"}.get(len(heads), "attend")
+        if len(qkv) == 1 and is_run(heads) and len(heads) < max(H, 2):  # in q, in k and in v
+            qkv = thirds(qkv[0])
+            attend = "attend_of_run" if len(heads) > 1 else attend
+        elif len(qkv) == 1:
+            index, count = torch.cat([heads, heads + H, heads + 2 * H]), 3 * H
+        cuts = [self._cut(layer, index, count, 0) for layer in qkv if len(heads)]
+        for name, index, count, dim in (("out", heads, H, 1), ("fc1", groups, G, 0), ("fc2", groups, G, 1)):
+            cuts.append(self._cut(self._layer(block[name]), index, count, dim))
+        return attend, cuts
 
-    def _layer(
-        self, names: list[str | None], index: Tensor, components: int, dim: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of a linear layer with some of its rows (dim 0) or columns (dim 1)."""
-        weight, bias = self.weights[str(names[0])], None if names[1] is None else self.weights[names[1]]
-        sliced = bias if bias is None or dim == 1 else take(bias, index, components, 0)
-        return take(weight, index, components, dim), sliced
+    def _cut(self, layer: Layer, index: Tensor, components: int, dim: int) -> Cut:
+        # Compiled code takes columns to lie as in a copy.
+        view = is_run(index) and (dim == 0 or not self.compiled or len(index) == components)
+        return Cut(*layer, index, components, dim, copied=not view)
+
+    def _layer(self, names: list[str | None]) -> Layer:
+        return self.weights[str(names[0])], None if names[1] is None else self.weights[names[1]]
 
     def _run(self, program: str, weights: list[str], *inputs: Any) -> Any:
         return self.programs[program]([self.weights[name] for name in weights], *inputs)
 
-    def _load(self, folder: Path, name: str, compiled: bool) -> Any:
-        if compiled:
-            return torch._inductor.aoti_load_package(str(folder / f"{name}.compiled.pt2"))
+    def _load(self, folder: Path, name: str) -> Any:
+        if self.compiled:
+            path, index = str(folder / f"{name}.compiled.pt2"), self.device.index
+            return torch._inductor.aoti_load_package(path, device_index=-1 if index is None else index)
         program = torch.export.load(folder / f"{name}.pt2")
-        if self.device.type != self.plan["device"]:
+        if self.device != torch.device(self.plan["device"]):
             program = move_to_device_pass(program, self.device)
         return program.module()

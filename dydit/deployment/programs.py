@@ -2,7 +2,8 @@
 
 Numbers of samples, heads, groups and tokens are symbolic sizes: one program per stage serves every distinct
 shape of every block and timestep. Only blocks with one head, without any head or without any group have
-programs of their own, as they have other operations or, of one head, other strides.
+programs of their own, as they have other operations or, of one head, other strides; and, where a model fuses
+q, k and v, blocks whose heads lie side by side, as they take three views and no copy.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.deployment.loader import thirds
 from dydit.deployment.stages import Fields, Stage, Stages, used_weights
 from dydit.dynamic.dydit import DyDiT
-from dydit.export.schedule import SubnetSchedule
+from dydit.export.schedule import SubnetSchedule, is_one_run
 from dydit.runtime.packing import Weights
 
-_ATTEND = {0: "attend_without_heads", 1: "attend_of_one_head", 2: "attend"}
 _SAMPLES = 3  # of the example inputs: programs take any number
 
 
@@ -52,9 +53,9 @@ class _Exporter:
     def __init__(self, model: DyDiT, schedule: SubnetSchedule) -> None:
         self.model, self.result, self.state = model, Programs(), model.state_dict()
         self.x, self.t, self.y = _example(model, schedule.timesteps[0])
-        heads, groups = schedule.head_rows.sum(-1), schedule.group_rows.sum(-1)
-        # Some heads and groups always; one head, none, or no group where the schedule has such blocks.
-        self.head_kinds = sorted({2, *map(int, heads.clip(max=2))}, reverse=True)
+        groups = schedule.group_rows.sum(-1)
+        self.attends = _attends(schedule)
+        # Some groups always; none where the schedule has such blocks.
         self.has_groups = sorted({True, *map(bool, groups)}, reverse=True)
 
     @torch.no_grad()
@@ -76,12 +77,14 @@ class _Exporter:
         attention, mlp = adapter.attention(block), adapter.mlp(block)
         names: dict[str, list[str]] = {}
         every_cond = dict.fromkeys(cond, _BATCH)
-        for kind in self.head_kinds:
-            qkv, out = _example_attention(attention, kind)
+        for name in self.attends:
+            if name == "attend_of_run" and len(attention.qkv) == 3:
+                continue  # views of three layers are three layers
+            qkv, out = _example_attention(attention, name)
             inputs: tuple[Any, ...] = (tokens, cond, qkv, out)
-            rows, columns = (_ROWS, _COLUMNS) if kind == 2 else (_FIXED, _FIXED)
+            any_number = name in ("attend", "attend_of_run")
+            rows, columns = (_ROWS, _COLUMNS) if any_number else (_FIXED, _FIXED)
             sizes: tuple[Any, ...] = (_BATCH, every_cond, [rows] * len(qkv), columns)
-            name = _ATTEND[kind]
             names[name], (x, m, logits) = self._export(name, stages.attend(i), inputs, sizes)
         every_m = [None if row is None else _BATCH for row in m]
         for some in self.has_groups:
@@ -131,11 +134,24 @@ def _example(model: DyDiT, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, t, torch.zeros(_SAMPLES, dtype=torch.int64, device=x.device)
 
 
-def _example_attention(parts: AttentionParts, kind: int) -> tuple[list[Weights], Weights]:
-    """Weights of most heads (kind 2), of one, or of none: only their shapes count."""
+def _attends(schedule: SubnetSchedule) -> list[str]:
+    """Programs of the attention: that of any heads always, the others where the schedule has such blocks."""
+    rows, heads = schedule.head_rows, schedule.head_rows.sum(-1)
+    some = (heads > 1) & (heads < rows.shape[-1])
+    kinds = {"of_run": some & is_one_run(rows), "of_one_head": heads == 1, "without_heads": heads == 0}
+    return ["attend", *(f"attend_{kind}" for kind, blocks in kinds.items() if blocks.any())]
+
+
+def _example_attention(parts: AttentionParts, name: str) -> tuple[list[Weights], Weights]:
+    """Weights of most heads, of one, or of none: only their shapes count, and how many layers they are."""
     width, H = parts.out.in_features, parts.num_heads
-    size = width // H * (max(H - 1, 1) if kind == 2 else kind)
-    qkv = [_rows(layer, size * layer.out_features // width) for layer in parts.qkv if size]
+    heads = {"attend_without_heads": 0, "attend_of_one_head": 1}.get(name, H - 1 if H > 2 else H)
+    size = width // H * heads
+    layers: list[Weights] = [(layer.weight, layer.bias) for layer in parts.qkv]
+    if len(layers) == 1 and name != "attend":
+        layers = thirds(layers[0])
+    count = size * 3 // len(layers)
+    qkv = [(w[:count], None if b is None else b[:count]) for w, b in layers if size]
     return qkv, (parts.out.weight[:, :size].contiguous(), parts.out.bias)
 
 

@@ -88,6 +88,7 @@ class SubnetSchedule:
             raise ScheduleError(
                 f"{len(steps)} timesteps, {len(distinct_steps)} of them distinct in float32",
                 expected="at least one, each once",
+                remedy="give a sampler's timesteps, with fewer steps if two fall together",
             )
         heads, groups = _width_masks(model, steps)
         pairs = np.concatenate([heads, groups], axis=-1)  # (S, L, H+G)
@@ -127,7 +128,7 @@ class SubnetSchedule:
 
         Their slices are views of the weights: nothing is copied.
         """
-        is_view = _is_one_run(self.head_rows) & _is_one_run(self.group_rows)  # (U,)
+        is_view = is_one_run(self.head_rows) & is_one_run(self.group_rows)  # (U,)
         return float(is_view[self.rows].mean())
 
     def index_of(self, timestep: float) -> int:
@@ -239,7 +240,7 @@ def _width_masks(model: DyDiT, timesteps: list[float]) -> tuple[np.ndarray, np.n
     return heads, groups
 
 
-def _is_one_run(masks: np.ndarray) -> np.ndarray:
+def is_one_run(masks: np.ndarray) -> np.ndarray:
     """Whether each mask (U, K) is on in at most one contiguous run: bool (U,)."""
     starts = masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]
     return starts.sum(-1) <= 1
@@ -262,13 +263,20 @@ def _check_capacities(capacities: np.ndarray, steps: int, shape: ModelShape, rou
         raise ScheduleError(
             f"capacities of shape {capacities.shape} and type {capacities.dtype}",
             expected=f"int32 {expected}",
+            remedy="give one for each timestep and block, or export with --capacity",
         )
     low, high = capacities.min(), capacities.max()
     if low < 0 or high > N:
-        raise ScheduleError(f"capacities from {low} to {high}", expected=f"0 to {N} tokens")
+        raise ScheduleError(
+            f"capacities from {low} to {high}",
+            expected=f"0 to {N} tokens",
+            remedy="clip them, or export with --capacity",
+        )
     if low < N and not routing.token_routing:
         raise ScheduleError(
-            f"a capacity of {low} tokens for a model without token routers", expected=f"all {N} of them"
+            f"a capacity of {low} tokens for a model without token routers",
+            expected=f"all {N} of them",
+            remedy="leave the capacities out",
         )
 
 

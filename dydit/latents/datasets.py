@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError
 from dydit.latents.cache import CachedLatents
 from dydit.latents.image_folder import FolderImages, scan_images
+
+log = logging.getLogger(__name__)
 
 
 def image_folder(config: DataConfig) -> FolderImages:
@@ -23,7 +27,9 @@ def image_folder(config: DataConfig) -> FolderImages:
             expected="the side of the images in pixels",
             remedy="set it to the model's sample_size",
         )
-    return FolderImages(scan_images(_path(config), config.on_bad), config.image_size)
+    folder = scan_images(_path(config), config.on_bad)
+    log_skipped(folder.root, [f"{folder.root / bad.name} {bad.reason}" for bad in folder.skipped])
+    return FolderImages(folder, config.image_size)
 
 
 def latents(config: DataConfig) -> CachedLatents:
@@ -46,6 +52,19 @@ def latents(config: DataConfig) -> CachedLatents:
             remedy="leave data.image_size empty",
         )
     return cache
+
+
+def log_skipped(path: str | Path, problems: Sequence[str]) -> None:
+    """Warn of everything that ``data.on_bad`` skip left out of a data set, and how much that is.
+
+    Args:
+        path: of the data set.
+        problems: what was left out and why; names the file.
+    """
+    if problems:
+        log.warning("%s: %d skipped (data.on_bad=skip), the first: %s", path, len(problems), problems[0])
+    for problem in problems[1:]:
+        log.warning("skipped: %s", problem)
 
 
 def _path(config: DataConfig) -> Path:

@@ -67,7 +67,7 @@ class ModulationLinear(nn.Linear):
     """A linear layer with one row per sample; on the CPU, 2 to 4 float32 rows run by a faster product.
 
     With few rows the layer is a stream of weights. BLAS reads them far below the memory's speed, but not in
-    the transposed product, weights first: a half to a quarter of the time.
+    the transposed product, weights first (``tools/measure_products.py``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class CrossAttention(nn.Module):
         """Attend from x (B, N, D) to context (B, M, D); mask (B, 1, 1, M) is True where a token counts."""
         B, N, D = x.shape
         q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, d)
-        k, v = self.kv(context).view(B, -1, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        k, v = self.kv(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, d)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D))
 

@@ -29,6 +29,7 @@ from dydit.models.embeddings import (
     batch_timesteps,
     check_labels,
     check_per_sample,
+    check_texts,
     sincos_position_embedding,
 )
 from dydit.models.presets import preset_arguments
@@ -159,7 +160,8 @@ class DiT(PretrainedModel, ConfigMixin):
             (B, C, height, width), or (B, 2C, height, width) with ``learn_sigma``.
 
         Raises:
-            ShapeError: x is not of the model's latent shape, or t or y is not one per sample.
+            ShapeError: x is not of the model's latent shape, t or y is not one per sample, or a text is of
+                another width.
             DataError: a label lies outside the table.
         """
         tokens, cond = self.embed(x, t, y)
@@ -179,6 +181,7 @@ class DiT(PretrainedModel, ConfigMixin):
         tokens = (self.x_embedder(x) + self.pos_embed.to(x.dtype)).contiguous()
         timestep = self.t_embedder(batch_timesteps(t, x))  # (B, D)
         if self.shape.conditioning == "adaln_single":
+            check_texts(y, x.shape[0], self.shape.context_dim)
             shared = self.t_block(timestep).unflatten(1, (6, -1))  # (B, 6, D)
             return tokens, Conditioning(timestep, shared=shared, context=self.y_embedder(y))
         check_per_sample("labels", y, x.shape[0])
@@ -248,5 +251,7 @@ def check_latent(x: Tensor, shape: ModelShape) -> None:
     expected = (shape.in_channels, *shape.sample_size)
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise ShapeError(
-            f"latent of shape {tuple(x.shape)}", expected=f"(batch, {', '.join(map(str, expected))})"
+            f"latent of shape {tuple(x.shape)}",
+            expected=f"(batch, {', '.join(map(str, expected))})",
+            remedy="give a batch of that size, or a model built for this one",
         )

@@ -108,7 +108,25 @@ def check_per_sample(name: str, values: Tensor, batch: int) -> None:
         ShapeError: values is not (B,).
     """
     if tuple(values.shape) != (batch,):
-        raise ShapeError(f"{name} of shape {tuple(values.shape)}", expected=f"({batch},), one per sample")
+        raise ShapeError(
+            f"{name} of shape {tuple(values.shape)}",
+            expected=f"({batch},), one per sample",
+            remedy=f"give as many {name} as latents, in one dimension",
+        )
+
+
+def check_texts(y: Tensor, batch: int, width: int) -> None:
+    """Refuse texts that are not one per sample, as labels are, or another encoder's.
+
+    Raises:
+        ShapeError: y is not (B, M, width), of any number of tokens M.
+    """
+    if y.ndim != 3 or (y.shape[0], y.shape[2]) != (batch, width):
+        raise ShapeError(
+            f"text of shape {tuple(y.shape)}",
+            expected=f"({batch}, tokens, {width}), one text per sample",
+            remedy="give as many texts as latents, from the encoder that the model was built for",
+        )
 
 
 def check_labels(y: Tensor, num_classes: int, null_class: bool = True) -> None:

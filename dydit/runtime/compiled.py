@@ -36,7 +36,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, FunctionType)
     own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     return torch.compile(own)
 
@@ -45,7 +49,9 @@ def _of_any_number(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``mlp_of_kept`` for a number of tokens that is another one in every call."""
 
     @wraps(stage)
-    def run(block: SlicedBlock, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor) -> Tensor:
+    def run(
+        block: SlicedBlock, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor, rows: None = None
+    ) -> Tensor:
         if len(kept) == 1:  # a size of 1 is never symbolic: it would take a graph of its own
             return block.mlp_of_kept(x, m, packed, kept)
         torch._dynamo.maybe_mark_dynamic(kept, 0)

@@ -72,14 +72,10 @@ class SubnetEngine(nn.Module):
         blocks = adapter.blocks(model.backbone)
         weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
         self._packs = SchedulePacks(weights, schedule, memory_budget)
-        # Recordings read slices where they lie: none may be dropped.
-        self._graphs = CudaGraphs() if compile and mode == "capacity" and self._packs.all_fit else None
+        self._compile, self._graphs = compile, CudaGraphs()
         stages, threshold = compiled_stages() if compile else STAGES, schedule.routing.token_threshold
-        weight = next(model.parameters())
-        half_on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
-        self._fill_up = mode == "exact" and half_on_cpu and not compile
         self.blocks = nn.ModuleList(
-            SlicedBlock(adapter, block, routers.token_router, threshold, stages, self._fill_up)
+            SlicedBlock(adapter, block, routers.token_router, threshold, stages)
             for block, routers in zip(blocks, model.routers, strict=True)
         )
 
@@ -132,10 +128,17 @@ class SubnetEngine(nn.Module):
     def computed_tokens(self, kept: int) -> int:
         """Tokens of a batch of which the MLP of a block computes something when it keeps ``kept`` of them.
 
-        More than these in ``exact`` mode in bfloat16 and float16 on the CPU, see ``filled_up``: the others
-        are computed in vain.
+        More than these in ``exact`` mode in bfloat16 and float16 on the CPU, not compiled, see ``filled_up``:
+        the others are computed in vain.
         """
-        return filled_up(kept) if self._fill_up else kept
+        return filled_up(kept) if self._fills_up else kept
+
+    @property
+    def records(self) -> bool:
+        """Whether timesteps are recorded as CUDA graphs; these stay until the engine is moved."""
+        # Recordings read slices where they lie: none may be dropped.
+        on_gpu = next(self.model.parameters()).is_cuda
+        return self._compile and self.mode == "capacity" and on_gpu and self._packs.all_fit
 
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
@@ -146,30 +149,39 @@ class SubnetEngine(nn.Module):
         return {**self.model.mac_parts(), "sliced_attention": ATTENTION_PROJECTIONS, "sliced_mlp": MLP}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetEngine:
-        """Move or convert the model (``.to``); what was packed and recorded is stale then."""
+        """Move or convert the model (``.to``); what was packed and recorded is stale then.
+
+        Raises:
+            ConfigError: the memory budget is smaller than one block in the new dtype.
+        """
+        self._graphs.clear()
+        self._packs.forget()
+        moved = super()._apply(fn, recurse)
         self._packs.clear()
-        if self._graphs is not None:
-            self._graphs.clear()
-        return super()._apply(fn, recurse)
+        return moved
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
-        if self._graphs is not None and x.is_cuda:
+        if self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
             inputs = (x, batch_timesteps(t, x), y.to(x.device))
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
-        self._packs.join(x.device)
-        output = self._run_blocks(position, x, t, y)
         self._packs.prepare_next(position, x.device)
-        return output
+        return self._run_blocks(position, x, t, y)
 
     def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone
         tokens, cond = adapter.embed(backbone, x, t, y)
-        tokens = tokens.contiguous()  # the token path works on its rows in place
+        tokens, fill_up = tokens.contiguous(), self._fills_up  # the token path works on its rows in place
         for i, block in enumerate(self.blocks):
             # No name for the slices: they may be dropped for the next block's as soon as they are used.
-            tokens = block(tokens, cond, self._packs.get(position, i), self._capacity(position, i))
+            tokens = block(tokens, cond, self._packs.get(position, i), self._capacity(position, i), fill_up)
         return adapter.decode(backbone, tokens, cond)
+
+    @property
+    def _fills_up(self) -> bool:
+        weight = next(self.model.parameters())
+        half_on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        return half_on_cpu and self.mode == "exact" and not self._compile
 
     def _capacity(self, position: int, block: int) -> int | None:
         """Tokens of each sample that enter the MLP; None where the threshold decides."""

@@ -1,15 +1,17 @@
 """Weights of one block cut down to the heads and groups that run.
 
 What is all on is the original tensor; what is one contiguous run is a view of it; the rest is one copy
-per distinct subnetwork, kept under a budget of bytes (least recently used leaves first).
+per distinct mask of heads and per distinct mask of groups, kept under a budget of bytes (least recently used
+leaves first).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,33 @@ from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.errors import ConfigError
 
 Weights = tuple[Tensor, Tensor | None]  # of a linear layer: weight (out, in), bias (out,) where it has one
+
+
+class Sized(Protocol):
+    """What a cache keeps."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory that it takes beyond the original weights."""
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """The attention's part of a ``PackedBlock``."""
+
+    qkv: tuple[Weights, ...]
+    out: Weights
+    head_dim: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True)
+class PackedMlp:
+    """The MLP's part of a ``PackedBlock``."""
+
+    fc1: Weights | None
+    fc2: Weights
+    copied_bytes: int
 
 
 @dataclass(frozen=True)
@@ -41,45 +70,74 @@ class PackedBlock:
     head_dim: int
     copied_bytes: int
 
-    def tensors(self) -> list[Tensor]:
-        """All weights and biases."""
-        layers = [*self.qkv, self.out, *([] if self.fc1 is None else [self.fc1]), self.fc2]
-        return [tensor for layer in layers for tensor in layer if tensor is not None]
+    @classmethod
+    def of(cls, attention: PackedAttention, mlp: PackedMlp) -> PackedBlock:
+        """The two parts together."""
+        size = attention.copied_bytes + mlp.copied_bytes
+        return cls(attention.qkv, attention.out, mlp.fc1, mlp.fc2, attention.head_dim, size)
 
 
-@torch.no_grad()
+def tensors_of(packed: PackedAttention | PackedMlp) -> list[Tensor]:
+    """All weights and biases of a packing."""
+    if isinstance(packed, PackedAttention):
+        layers = [*packed.qkv, packed.out]
+    else:
+        layers = [packed.fc2] if packed.fc1 is None else [packed.fc1, packed.fc2]
+    return [tensor for layer in layers for tensor in layer if tensor is not None]
+
+
 def pack_block(
     attention: AttentionParts, mlp: MlpParts, heads: np.ndarray, groups: np.ndarray
 ) -> PackedBlock:
     """Slice one block's weights for head mask (H,) and group mask (G,), both bool."""
-    head_index, group_index = np.flatnonzero(heads), np.flatnonzero(groups)
-    head_dim = attention.out.in_features // attention.num_heads
-    units = mlp.fc1.out_features // len(groups)
-    qkv = _pack_qkv(attention, head_index, head_dim) if len(head_index) else ()
-    out = _take(attention.out.weight, head_index, head_dim, 1), _detached(attention.out.bias)
-    fc1 = _take_rows(_detached_pair(mlp.fc1), group_index, units) if len(group_index) else None
-    fc2 = _take(mlp.fc2.weight, group_index, units, 1), _detached(mlp.fc2.bias)
-    packed = PackedBlock(qkv, out, fc1, fc2, head_dim, copied_bytes=0)
-    originals = {tensor.untyped_storage().data_ptr() for tensor in _originals(attention, mlp)}
-    copies = (t.nbytes for t in packed.tensors() if t.untyped_storage().data_ptr() not in originals)
-    return replace(packed, copied_bytes=sum(copies))
+    return PackedBlock.of(pack_attention(attention, heads), pack_mlp(mlp, groups))
 
 
-def packed_bytes(attention: AttentionParts, mlp: MlpParts, heads: np.ndarray, groups: np.ndarray) -> int:
-    """``copied_bytes`` of that packing, without making it."""
-    return sum(
-        int(sum(tensor.nbytes for tensor in tensors) * mask.mean())
-        for mask, tensors in (
-            (heads, [*_tensors(*attention.qkv), attention.out.weight]),
-            (groups, [*_tensors(mlp.fc1), mlp.fc2.weight]),
-        )
-        if not mask.all() and mask.any() and not _is_run(np.flatnonzero(mask))
-    )
+@torch.no_grad()
+def pack_attention(parts: AttentionParts, heads: np.ndarray) -> PackedAttention:
+    """Slice the attention's weights for head mask (H,), bool."""
+    index, head_dim = np.flatnonzero(heads), parts.out.in_features // parts.num_heads
+    qkv = _pack_qkv(parts, index, head_dim) if len(index) else ()
+    out = take(parts.out.weight, index, head_dim, 1), _detached(parts.out.bias)
+    packed = PackedAttention(qkv, out, head_dim, copied_bytes=0)
+    return replace(packed, copied_bytes=_copied(packed, [*parts.qkv, parts.out]))
+
+
+@torch.no_grad()
+def pack_mlp(parts: MlpParts, groups: np.ndarray) -> PackedMlp:
+    """Slice the MLP's weights for group mask (G,), bool."""
+    index, units = np.flatnonzero(groups), parts.fc1.out_features // len(groups)
+    fc1 = _take_rows(_detached_pair(parts.fc1), index, units) if len(index) else None
+    fc2 = take(parts.fc2.weight, index, units, 1), _detached(parts.fc2.bias)
+    packed = PackedMlp(fc1, fc2, copied_bytes=0)
+    return replace(packed, copied_bytes=_copied(packed, [parts.fc1, parts.fc2]))
+
+
+def attention_bytes(parts: AttentionParts, heads: np.ndarray) -> int:
+    """``copied_bytes`` of ``pack_attention``, without making it."""
+    return _bytes_of_copies([*_tensors(*parts.qkv), parts.out.weight], heads)
+
+
+def mlp_bytes(parts: MlpParts, groups: np.ndarray) -> int:
+    """``copied_bytes`` of ``pack_mlp``, without making it."""
+    return _bytes_of_copies([*_tensors(parts.fc1), parts.fc2.weight], groups)
 
 
 def block_bytes(attention: AttentionParts, mlp: MlpParts) -> int:
     """Bytes of one block's own attention and MLP weights: the most that one packing can take."""
-    return sum(t.nbytes for t in _originals(attention, mlp))
+    return sum(t.nbytes for t in _tensors(*attention.qkv, attention.out, mlp.fc1, mlp.fc2))
+
+
+def _bytes_of_copies(tensors: Sequence[Tensor], mask: np.ndarray) -> int:
+    if mask.all() or not mask.any() or _is_run(np.flatnonzero(mask)):
+        return 0
+    return sum(tensor.nbytes for tensor in tensors) * int(mask.sum()) // len(mask)
+
+
+def _copied(packed: PackedAttention | PackedMlp, layers: Sequence[nn.Linear]) -> int:
+    """Bytes of the slices that lie in other memory than the layers."""
+    originals = {tensor.untyped_storage().data_ptr() for tensor in _tensors(*layers)}
+    return sum(t.nbytes for t in tensors_of(packed) if t.untyped_storage().data_ptr() not in originals)
 
 
 def _pack_qkv(parts: AttentionParts, heads: np.ndarray, head_dim: int) -> tuple[Weights, ...]:
@@ -99,14 +157,14 @@ def _pack_qkv(parts: AttentionParts, heads: np.ndarray, head_dim: int) -> tuple[
 
 def _take_rows(layer: Weights, index: np.ndarray, size: int) -> Weights:
     weight, bias = layer
-    return _take(weight, index, size, 0), None if bias is None else _take(bias, index, size, 0)
+    return take(weight, index, size, 0), None if bias is None else take(bias, index, size, 0)
 
 
-def _take(tensor: Tensor, index: np.ndarray, size: int, dim: int) -> Tensor:
+def take(tensor: Tensor, index: np.ndarray, size: int, dim: int) -> Tensor:
     """The components at ``index`` (ascending), of ``size`` each along ``dim``.
 
     The tensor itself where that is all of them, a view where they are one run, else a copy. It copies
-    component by component: on the CPU several times faster than column by column.
+    component by component: on the CPU faster than column by column (``tools/measure_products.py``).
     """
     tensor = tensor.detach()
     if len(index) * size == tensor.shape[dim]:
@@ -114,8 +172,10 @@ def _take(tensor: Tensor, index: np.ndarray, size: int, dim: int) -> Tensor:
     if _is_run(index):
         # .data forgets what it is a view of, which torch.compile would distinguish graphs by.
         return tensor.narrow(dim, int(index[0]) * size, len(index) * size).data
-    components = tensor.unflatten(dim, (-1, size))
-    return components.index_select(dim, torch.as_tensor(index, device=tensor.device)).flatten(dim, dim + 1)
+    where = torch.as_tensor(index)
+    if tensor.is_cuda:  # from pinned memory nothing waits for the copy
+        where = where.pin_memory().to(tensor.device, non_blocking=True)
+    return tensor.unflatten(dim, (-1, size)).index_select(dim, where).flatten(dim, dim + 1)
 
 
 def _is_run(index: np.ndarray) -> bool:
@@ -128,10 +188,6 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 def _detached_pair(layer: nn.Linear) -> Weights:
     return layer.weight.detach(), _detached(layer.bias)
-
-
-def _originals(attention: AttentionParts, mlp: MlpParts) -> list[Tensor]:
-    return _tensors(*attention.qkv, attention.out, mlp.fc1, mlp.fc2)
 
 
 def _tensors(*layers: nn.Linear) -> list[Tensor]:
@@ -157,19 +213,22 @@ class PackStatistics:
     views: int
 
 
+Packing = TypeVar("Packing", bound=Sized)
+
+
 class PackCache:
-    """Packed blocks by key, least recently used out first, never above ``budget`` bytes of copies.
+    """Packings by key, least recently used out first, never above ``budget`` bytes of copies.
 
     Safe for several threads: a packing in use stays alive through its reference.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._entries: OrderedDict[Hashable, PackedBlock] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._hits = self._misses = self._bytes = self._evictions = self._views = 0
 
-    def get(self, key: Hashable, size: int, make: Callable[[], PackedBlock]) -> PackedBlock:
+    def get(self, key: Hashable, size: int, make: Callable[[], Packing]) -> Packing:
         """The packing under ``key``, of ``size`` bytes of copies, made by ``make`` on a miss.
 
         Others leave before it is made, so that the copies never take more than the budget together.

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.packing import (
     PackCache,
+    PackedAttention,
     PackedBlock,
+    PackedMlp,
     PackStatistics,
+    attention_bytes,
     block_bytes,
     check_budget,
-    pack_block,
-    packed_bytes,
+    mlp_bytes,
+    pack_attention,
+    pack_mlp,
+    tensors_of,
 )
+
+Part = TypeVar("Part", PackedAttention, PackedMlp)
 
 
 class SchedulePacks:
     """Packed blocks by timestep, made when they are first asked for.
+
+    A block's attention and its MLP are packed apart: once per mask of heads, and once per mask of groups.
 
     Args:
         weights: attention and MLP of each block.
@@ -39,24 +52,62 @@ class SchedulePacks:
         schedule: SubnetSchedule,
         budget: int | None = None,
     ) -> None:
-        sizes = [block_bytes(*parts) for parts in weights]
-        budget = sum(sizes) if budget is None else budget
-        check_budget(budget, max(sizes))
-        self._weights, self._schedule, self._cache = weights, schedule, PackCache(budget)
+        self._weights, self._schedule, self._asked = weights, schedule, budget
+        self._head_masks, self._head_rows = _distinct(schedule.head_rows, schedule.rows)
+        self._group_masks, self._group_rows = _distinct(schedule.group_rows, schedule.rows)
+        self._cache = PackCache(self._checked_budget())
         self._side: torch.cuda.Stream | None = None
+        self._lock = threading.Lock()
+        self._hits = self._misses = self._views = 0
 
-    def get(self, position: int, block: int) -> PackedBlock:
-        """A block's slices for the schedule's timestep at ``position``."""
-        row = int(self._schedule.rows[position, block])
-        return self._cache.get((block, row), self._sizes[block, row], partial(self._make, block, row))
+    def get(self, position: int, block: int, counted: bool = True) -> PackedBlock:
+        """A block's slices for the schedule's timestep at ``position``.
 
-    def clear(self) -> None:
-        """Forget every packing, when the weights have moved."""
+        Args:
+            counted: whether slices that are there count as hits.
+        """
+        made = False
+
+        def part(key: tuple[str, int, int], pack: Callable[[], Part]) -> Part:
+            def make() -> _Made[Part]:
+                nonlocal made
+                made = True
+                return _Made(pack())
+
+            return self._cache.get(key, self._sizes[key], make).on_this_stream()
+
+        attention, mlp = self._weights[block]
+        head, group = int(self._head_rows[position, block]), int(self._group_rows[position, block])
+        packed = PackedBlock.of(
+            part(("heads", block, head), partial(pack_attention, attention, self._head_masks[head])),
+            part(("groups", block, group), partial(pack_mlp, mlp, self._group_masks[group])),
+        )
+        with self._lock:
+            self._misses += made
+            self._views += made and not packed.copied_bytes
+            self._hits += counted and not made
+        return packed
+
+    def forget(self) -> None:
+        """Drop every packing."""
         self._cache.clear()
 
+    def clear(self) -> None:
+        """Drop every packing, and look at the weights anew: they have moved or have another dtype.
+
+        Raises:
+            ConfigError: the budget is smaller than one block of what they are now.
+        """
+        self._cache.clear()
+        for cached in ("_sizes", "all_fit"):
+            self.__dict__.pop(cached, None)
+        self._cache.budget = self._checked_budget()
+
     def statistics(self) -> PackStatistics:
-        """See ``PackCache.statistics``."""
-        return self._cache.statistics()
+        """Counters so far, of blocks: a block is a miss where its attention, its MLP or both were packed."""
+        cache = self._cache.statistics()
+        with self._lock:
+            return PackStatistics(self._hits, self._misses, cache.bytes, cache.evictions, self._views)
 
     @cached_property
     def all_fit(self) -> bool:
@@ -64,7 +115,7 @@ class SchedulePacks:
         return sum(self._sizes.values()) <= self._cache.budget
 
     def prepare_next(self, position: int, device: torch.device) -> None:
-        """Make the slices of the timestep after ``position``, on a GPU beside what it is computing.
+        """Make the slices of the timestep after ``position``, on a GPU beside what it computes from now on.
 
         On the CPU there is nothing beside. Nor is it done where two timesteps' slices do not fit the budget:
         it would push out what is still needed.
@@ -75,32 +126,74 @@ class SchedulePacks:
             return
         if self._side is None:
             self._side = torch.cuda.Stream(device)
+        self._side.wait_stream(torch.cuda.current_stream(device))  # the weights may be in the making
         with torch.cuda.stream(self._side):
             for block in range(len(self._weights)):
-                self.get(position + 1, block)
+                self.get(position + 1, block, counted=False)
 
-    def join(self, device: torch.device) -> None:
-        """Let what is computed from here on wait for the slices that were made beside."""
-        if self._side is not None:
-            torch.cuda.current_stream(device).wait_stream(self._side)
-
-    def _make(self, block: int, row: int) -> PackedBlock:
-        packed = pack_block(*self._weights[block], *self._masks(row))
-        if self._side is not None and packed.copied_bytes:
-            # Made on either stream, read on the main one: its memory must not go to others before.
-            for tensor in packed.tensors():
-                tensor.record_stream(torch.cuda.default_stream(tensor.device))
-        return packed
+    def _checked_budget(self) -> int:
+        sizes = [block_bytes(*parts) for parts in self._weights]
+        budget = sum(sizes) if self._asked is None else self._asked
+        check_budget(budget, max(sizes))
+        return budget
 
     def _size_at(self, position: int) -> int:
-        return sum(self._sizes[key] for key in enumerate(self._schedule.rows[position].tolist()))
+        keys = (
+            (kind, block, int(row))
+            for kind, rows in (("heads", self._head_rows), ("groups", self._group_rows))
+            for block, row in enumerate(rows[position])
+        )
+        return sum(self._sizes[key] for key in keys)
 
     @cached_property
-    def _sizes(self) -> dict[tuple[int, int], int]:
-        """Bytes of copies of every packing (block, row) of the schedule."""
-        rows = self._schedule.rows.T.tolist()
-        keys = [(block, row) for block, steps in enumerate(rows) for row in set(steps)]
-        return {(block, row): packed_bytes(*self._weights[block], *self._masks(row)) for block, row in keys}
+    def _sizes(self) -> dict[tuple[str, int, int], int]:
+        """Bytes of copies of every packing of the schedule: ``heads`` or ``groups``, block, row."""
+        found = {}
+        for block, (attention, mlp) in enumerate(self._weights):
+            for row in np.unique(self._head_rows[:, block]).tolist():
+                found["heads", block, row] = attention_bytes(attention, self._head_masks[row])
+            for row in np.unique(self._group_rows[:, block]).tolist():
+                found["groups", block, row] = mlp_bytes(mlp, self._group_masks[row])
+        return found
 
-    def _masks(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._schedule.head_rows[row], self._schedule.group_rows[row]
+
+@dataclass
+class _Made(Generic[Part]):
+    """A packing, and the GPU streams that may read it: others wait until it is there, and hold its memory."""
+
+    packed: Part
+    ready: Any = None
+    streams: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if (device := self._device()) is not None:
+            stream = torch.cuda.current_stream(device)
+            self.ready = stream.record_event()
+            self.streams.add(stream.cuda_stream)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory that it takes beyond the original weights."""
+        return self.packed.copied_bytes
+
+    def on_this_stream(self) -> Part:
+        """The packing, for use on the current stream."""
+        if self.ready is not None and (device := self._device()) is not None:
+            stream = torch.cuda.current_stream(device)
+            if stream.cuda_stream not in self.streams:
+                stream.wait_event(self.ready)
+                for tensor in tensors_of(self.packed):
+                    tensor.record_stream(stream)  # its memory must not go to others before
+                self.streams.add(stream.cuda_stream)
+        return self.packed
+
+    def _device(self) -> torch.device | None:
+        """The GPU that copies lie on; None for views, and on the CPU."""
+        tensors: list[Tensor] = tensors_of(self.packed) if self.packed.copied_bytes else []
+        return tensors[0].device if tensors and tensors[0].is_cuda else None
+
+
+def _distinct(masks: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of masks (U, K), and their rows (S, L) where ``rows`` (S, L) point into ``masks``."""
+    distinct, index = np.unique(masks, axis=0, return_inverse=True)
+    return distinct, index.reshape(-1)[rows]

@@ -35,8 +35,8 @@ def sliced_attention(packed: PackedBlock, x: Tensor) -> Tensor:
 def self_attention(q: Tensor, k: Tensor, v: Tensor, most_scores: int) -> Tensor:
     """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
 
-    In bfloat16 on the CPU, PyTorch's fused kernel takes 1.5 times as long as the two products and the softmax
-    (256 tokens, d 72, AVX-512). These hold h·N scores per token: they are taken where that is at most
+    In bfloat16 on the CPU, PyTorch's fused kernel takes longer than the two products and the softmax
+    (``tools/measure_products.py``). These hold h·N scores per token: they are taken where that is at most
     ``most_scores``, and not in compiled code, whose sizes are symbolic.
     """
     B, h, N, d = q.shape
@@ -88,8 +88,6 @@ class SlicedBlock(nn.Module):
         token_router: logits (..., N) of tokens (..., N, D); None keeps every token.
         token_threshold: score above which a token enters the MLP.
         stages: how the parts of the computation are run; None: as they are written here.
-        fill_up: whether to have the MLP compute ``filled_up`` numbers of tokens where it runs on those
-            above the threshold.
     """
 
     def __init__(
@@ -99,16 +97,20 @@ class SlicedBlock(nn.Module):
         token_router: nn.Module | None,
         token_threshold: float,
         stages: Stages | None = None,
-        fill_up: bool = False,
     ) -> None:
         super().__init__()
         self._parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
         self._token_logit = logit(token_threshold)
-        self._stages, self._fill_up = STAGES if stages is None else stages, fill_up
+        self._stages = STAGES if stages is None else stages
         self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
     def forward(
-        self, x: Tensor, cond: Conditioning, packed: PackedBlock, capacity: int | None = None
+        self,
+        x: Tensor,
+        cond: Conditioning,
+        packed: PackedBlock,
+        capacity: int | None = None,
+        fill_up: bool = False,
     ) -> Tensor:
         """Tokens x (B, N, D) to tokens (B, N, D).
 
@@ -117,6 +119,7 @@ class SlicedBlock(nn.Module):
             packed: the block's sliced weights.
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
+            fill_up: whether the MLP of the tokens above the threshold is to run on ``filled_up`` many.
         """
         stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
         x, m, logits = stages.attend(self, x, cond, packed)
@@ -130,7 +133,10 @@ class SlicedBlock(nn.Module):
         kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
         if len(kept) == B * N:
             return stages.mlp_of_all(self, x, m, packed)
-        return stages.mlp_of_kept(self, x, m, packed, kept) if len(kept) else x
+        if not len(kept):
+            return x
+        rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept))) if fill_up else None
+        return stages.mlp_of_kept(self, x, m, packed, kept, rows)
 
     def attend(
         self, x: Tensor, cond: Conditioning, packed: PackedBlock
@@ -148,13 +154,18 @@ class SlicedBlock(nn.Module):
         normed = modulate(self._norm(x), m.shift_mlp, m.scale_mlp)
         return add_gated(x, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
 
-    def mlp_of_kept(self, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor) -> Tensor:
+    def mlp_of_kept(
+        self, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """The MLP's branch of the tokens at ``kept`` (K,) of the flattened batch, added to x in place.
 
         One gather for the whole batch; norm, modulation, MLP and gate see the kept tokens only.
+
+        Args:
+            rows: tokens (K',) to compute, of which ``kept`` are the first; None: these alone.
         """
         B, N, D = x.shape
-        rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept))) if self._fill_up else kept  # (K') or (K,)
+        rows = kept if rows is None else rows
         sample = rows // N
         shift, scale, gate = (
             None if row is None else row.index_select(0, sample)
@@ -166,7 +177,7 @@ class SlicedBlock(nn.Module):
             tokens = torch.addcmul(shift, tokens, scale)
         update = self.sliced_mlp(packed, self._act, tokens)
         update = update if gate is None else update * gate
-        return _add_rows(flat, kept, update[: len(kept)] if self._fill_up else update).view(B, N, D)
+        return _add_rows(flat, kept, update if rows is kept else update[: len(kept)]).view(B, N, D)
 
     def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""

@@ -84,4 +84,5 @@ class Branches:
 
     def _warming_up(self, mode: str, step: int) -> bool:
         warmup = self.cfg.warmup
-        return self.cfg.task == "finetune" and warmup.mode == mode and step < warmup.steps
+        weighs = warmup.weight > 0 or (mode == "distill" and warmup.feature_weight > 0)
+        return self.cfg.task == "finetune" and warmup.mode == mode and step < warmup.steps and weighs

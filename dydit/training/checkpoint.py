@@ -33,6 +33,10 @@ STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _READ_BYTES = 1 << 20
+# What is written in a run folder, under the names that it has before it is whole.
+_SCRATCH = (
+    f"{CHECKPOINTS}/.step-*", ".latest.*", ".config.yaml.*", ".metrics.jsonl.*", ".wandb_id.*", ".model.*",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +193,43 @@ def _newest_intact(run: Path) -> Path | None:
     return None
 
 
+def identity(folder: Path) -> str:
+    """Name and hash of an intact checkpoint, for people; equal only for copies of one."""
+    return f"{folder.name} ({_sha256(folder / MANIFEST)[:8]})"
+
+
+def leave_behind(run: Path, checkpoint: Path) -> list[int]:
+    """Delete the checkpoints of a run after one of its own, and point ``latest`` to that.
+
+    The run goes on from there, so they belong to a past that did not happen; ``auto`` would return to them.
+
+    Returns:
+        Their steps, newest first: a kill in between leaves a run that ends earlier, without gaps.
+
+    Raises:
+        OutputError: one cannot be deleted.
+    """
+    found = list_checkpoints(run)
+    step = next((number for number, folder in found.items() if folder.name == checkpoint.name), None)
+    later = [] if step is None else [number for number in reversed(found) if number > step]
+    if later:
+        write_file(run / LATEST, f"{CHECKPOINTS}/{checkpoint.name}\n")
+    for number in later:
+        try:
+            _discard(found[number])
+        except OSError as problem:
+            raise OutputError(
+                f"{found[number]} cannot be deleted: {problem.strerror or problem}",
+                remedy=f"delete it, or continue from it with --resume {found[number]}",
+            ) from problem
+    return later
+
+
 def prune(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
     """Delete checkpoints that are no longer wanted, now that ``step`` is safely on the disk.
 
     Kept are the newest ``keep_last`` and the multiples of ``keep_every``. Checkpoints after ``step`` go too:
-    the run was resumed before them, so they belong to a past that did not happen.
+    the run was resumed before them, as they were broken.
     """
     found = list_checkpoints(run)
     past = [s for s in found if s <= step]
@@ -207,14 +243,17 @@ def prune(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
 
 def remove_scratch(run: Path) -> None:
     """Delete what a killed process left half-written in a run folder; all of it has hidden names."""
-    for pattern in (f"{CHECKPOINTS}/.step-*", ".latest.*", ".config.yaml.*", ".model.*"):
+    for pattern in _SCRATCH:
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _remedy(run: Path) -> str:
-    steps = list(list_checkpoints(run))
-    kept = f"the checkpoint at step {steps[-1]} is intact: " if steps else ""
+    try:
+        newest = _newest_intact(run)
+    except CheckpointError:
+        newest = None
+    kept = f"the checkpoint at step {int(newest.name.removeprefix('step-'))} is intact: " if newest else ""
     return f"{kept}free space and use --resume auto"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -17,10 +18,17 @@ from dydit.errors import CheckpointError, ConfigError
 
 # A run cannot go on from a checkpoint when one of these differs: the tensors or their meaning would not fit.
 FIXED_SECTIONS = ("task", "seed", "model", "dydit", "objective")
+SAMPLES = "samples"  # of the data set, in a checkpoint's state
+
+log = logging.getLogger(__name__)
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
-    """accelerate's entry point with our number format and compiler; devices are its launcher's affair."""
+    """accelerate's entry point with our number format and compiler; devices are its launcher's affair.
+
+    Raises:
+        ConfigError: float16 on a CPU, where accelerate would train in float32 without a word.
+    """
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         # accelerate keeps one state per process and refuses a second run with another number format.
         AcceleratorState._reset_state()
@@ -28,6 +36,12 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         mixed_precision=train.mixed_precision,
         dynamo_backend="inductor" if train.compile else None,
     )
+    if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "train.mixed_precision fp16 on a CPU",
+            expected="bf16 or no",
+            remedy="set it to bf16, or use a GPU",
+        )
     _shard_on_cpu(accelerator)
     return accelerator
 
@@ -76,7 +90,7 @@ def check_dropout(model: Any, cfg: RunConfig) -> None:
 
 
 def check_same_run(cfg: RunConfig, saved: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another model, objective or data order.
+    """Refuse to go on from a checkpoint of another model, objective or seed.
 
     Steps, rates, batch size and the like may change.
 
@@ -96,6 +110,46 @@ def check_same_run(cfg: RunConfig, saved: Mapping[str, Any]) -> None:
                 f"the checkpoint was made with {change}",
                 remedy=f"set {section} back, or start in another output_dir",
             )
+
+
+def check_same_data(cfg: RunConfig, samples: int, state: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data, in whose order the position of a checkpoint means nothing.
+
+    Another path may be the same folder, moved: it is logged, as is another path of the teacher.
+
+    Args:
+        cfg: the run now.
+        samples: of its data set.
+        state: of the checkpoint; an old one does not know its number of samples.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    saved = state["config"]
+    before, mine = _with_defaults(cfg.data, saved["data"]), cfg.data.model_dump(mode="json")
+    # No other data set draws its images from a seed.
+    fixed = ("name", "seed") if cfg.data.name == "shapes" else ("name",)
+    differing = next((key for key in fixed if before[key] != mine[key]), None)
+    if differing is not None:
+        change = _first_change(f"data.{differing}", before[differing], mine[differing])
+    elif state.get(SAMPLES, samples) != samples:
+        change = f"{state[SAMPLES]} samples of data, this run has {samples}"
+    else:
+        _warn_of_paths(cfg, before["path"], saved["backbone"])
+        return
+    raise CheckpointError(
+        f"the checkpoint was made with {change}", remedy="set data back, or start in another output_dir"
+    )
+
+
+def _warn_of_paths(cfg: RunConfig, data: str | None, backbone: str | None) -> None:
+    named = {"data.path": (data, cfg.data.path)}
+    if cfg.warmup.mode == "distill" and cfg.warmup.steps > 0:  # else its weights come from the checkpoint
+        named["backbone"] = (backbone, cfg.backbone)
+    for key, (saved, mine) in named.items():
+        if saved != mine:
+            change = _first_change(key, saved, mine)
+            log.warning("the checkpoint was made with %s: the results are the same if the files are", change)
 
 
 def _with_defaults(section: Any, saved: Any) -> Any:

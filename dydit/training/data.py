@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,9 @@ from dydit.shapes import ModelShape
 from dydit.training.hub_images import hub_images
 from dydit.training.procedural import SHAPES_SIDE, Shapes
 from dydit.training.shards import sharded_images
+from dydit.training.signals import leave_signals_to_parent, sigterm_blocked
+
+log = logging.getLogger(__name__)
 
 DIGITS_SIDE = 8
 DIGITS_CLASSES = 10
@@ -47,6 +50,13 @@ class RedrawnImages(Protocol):
     """
 
     def redraw(self, index: int, *key: int) -> tuple[Tensor, Any]: ...
+
+
+@runtime_checkable
+class NamedImages(Protocol):
+    """A data set that can tell where an item comes from, for messages."""
+
+    def file_of(self, index: int) -> str: ...
 
 
 class Visit(NamedTuple):
@@ -135,10 +145,19 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
         )
     if dataset.num_classes > shape.num_classes:
         raise DataError(
-            f"the data set has {dataset.num_classes} classes",
+            f"{_highest_label(dataset)}the data set has {dataset.num_classes} classes",
             expected=f"at most the model's {shape.num_classes}",
             remedy="set on_class_mismatch=drop for a fresh label table, or train a model with more classes",
         )
+
+
+def _highest_label(dataset: LabelledImages) -> str:
+    """Whose label it is that gives the data set so many classes, as far as it can tell: it may be stray."""
+    labels = getattr(dataset, "labels", None)
+    if labels is None or not isinstance(dataset, NamedImages):
+        return ""
+    index = int(np.argmax(np.asarray(labels)))
+    return f"{dataset.file_of(index)} has label {int(labels[index])}, "
 
 
 class Batch(NamedTuple):
@@ -148,11 +167,19 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class GoodSample(NamedTuple):
+    """A sample, and the bad ones in whose place it is: index -> what is wrong."""
+
+    image: Tensor
+    label: Any
+    skipped: dict[int, str]
+
+
 class CheckedSamples(Dataset):
     """A data set whose items are checked one by one; a bad one comes back as a DataError, not raised.
 
     A value crosses from a loader process as it is; a raised error would come out wrapped in a traceback.
-    With ``skip_bad`` the next good sample takes the place of a bad one.
+    With ``skip_bad`` the next good sample takes the place of a bad one, and tells of it.
 
     Args:
         dataset: the samples.
@@ -169,29 +196,41 @@ class CheckedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, visit: Visit) -> tuple[Tensor, Any] | DataError:
+    def __getitem__(self, visit: Visit) -> GoodSample | DataError:
         tries = len(self) if self.skip_bad else 1
-        result: tuple[Tensor, Any] | DataError = DataError("the data set has no samples")
+        problem = DataError("the data set has no samples")
+        skipped: dict[int, str] = {}
         for offset in range(tries):
-            result = self._checked((visit.sample + offset) % len(self), visit.epoch)
+            index = (visit.sample + offset) % len(self)
+            result = self._checked(index, visit.epoch)
             if not isinstance(result, DataError):
-                return result
-        return result
+                return GoodSample(*result, skipped)
+            problem = result
+            skipped[index] = str(problem)
+        return problem
 
     def _checked(self, index: int, epoch: int) -> tuple[Tensor, Any] | DataError:
-        remedy = "repair it, or set data.on_bad=skip"
+        remedy = "" if self.skip_bad else "repair it, or set data.on_bad=skip"
         try:
             image, label = self._read(index, epoch)
-        except (OSError, ValueError) as problem:
+        except DataError as problem:  # it names the file
             return DataError(f"sample {index} cannot be read: {problem}", remedy=remedy)
+        except Exception as problem:  # decoders raise whatever broken bytes lead them to
+            reason = problem if isinstance(problem, (OSError, ValueError)) else repr(problem)
+            return DataError(f"{self._name(index)} cannot be read: {reason}", remedy=remedy)
+        name = self._name(index)
         if bad := _bad_label(label, self.shape):
-            return DataError(f"sample {index} has {bad[0]}", expected=bad[1], remedy=remedy)
+            return DataError(f"{name} has {bad[0]}", expected=bad[1], remedy=remedy)
         if tuple(image.shape) != self.dataset.sample_shape:
             wanted = f"shape {self.dataset.sample_shape}"
-            return DataError(f"sample {index} has shape {tuple(image.shape)}", expected=wanted, remedy=remedy)
+            return DataError(f"{name} has shape {tuple(image.shape)}", expected=wanted, remedy=remedy)
         if not image.isfinite().all():
-            return DataError(f"sample {index} has values that are not finite", remedy=remedy)
+            return DataError(f"{name} has values that are not finite", remedy=remedy)
         return image, label
+
+    def _name(self, index: int) -> str:
+        file = f" ({self.dataset.file_of(index)})" if isinstance(self.dataset, NamedImages) else ""
+        return f"sample {index}{file}"
 
     def _read(self, index: int, epoch: int) -> tuple[Tensor, Any]:
         if isinstance(self.dataset, RedrawnImages):
@@ -211,15 +250,17 @@ def _bad_label(label: Any, shape: ModelShape) -> tuple[str, str] | None:
     return None if label.isfinite().all() else ("text with values that are not finite", "finite tokens")
 
 
-def collate(samples: list[tuple[Tensor, Any] | DataError]) -> Batch | DataError:
-    """Stack samples to a ``Batch``; the first error, if there is one, stands for all."""
-    good: list[tuple[Tensor, Any]] = []
+def collate(samples: list[GoodSample | DataError]) -> tuple[Batch, dict[int, str]] | DataError:
+    """Stack samples to a ``Batch``, beside what they skipped; the first error, if any, stands for all."""
+    good: list[GoodSample] = []
+    skipped: dict[int, str] = {}
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
         good.append(sample)
-    labels = [torch.as_tensor(label) for _, label in good]
-    return Batch(torch.stack([image for image, _ in good]), torch.stack(labels))
+        skipped.update(sample.skipped)
+    labels = [torch.as_tensor(sample.label) for sample in good]
+    return Batch(torch.stack([sample.image for sample in good]), torch.stack(labels)), skipped
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -270,6 +311,8 @@ def batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """Endless batches of ``config.batch_size`` samples for this process, from ``position`` on.
 
+    With ``on_bad`` skip every bad sample is logged the first time.
+
     Raises:
         DataError: a sample is unreadable or its label lies outside the model's table (``on_bad`` raise).
     """
@@ -279,20 +322,25 @@ def batches(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
+    told: set[int] = set()
+    for loaded in _started(loader):
+        if isinstance(loaded, DataError):
+            raise loaded
+        batch, skipped = loaded
+        for index in sorted(skipped.keys() - told):
+            log.warning("skipped: %s", skipped[index])
+        told |= skipped.keys()
         yield batch
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    with sigterm_blocked():  # in the loader processes, from their first moment on
+        return iter(loader)
 
 
 def epochs_seen(position: int, length: int) -> int:
     """Whole passes over the data set after ``position`` samples."""
     return position // length
-
-
-def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when the loaders end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

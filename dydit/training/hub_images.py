@@ -29,11 +29,13 @@ class HubImages:
 
     Raises:
         ConfigError: the library is not installed.
-        DataError: the folder is not such a data set, or has no images or labels.
+        DataError: the folder is not such a data set, or has no images or labels; from ``[]``, for an image
+            that cannot be read.
     """
 
     def __init__(self, path: str | Path, side: int) -> None:
         library = _library()
+        self.path = path
         try:
             self.rows = library.load_from_disk(str(path))
         except Exception as problem:  # the library raises much, by version
@@ -52,8 +54,15 @@ class HubImages:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        return square(row[self.image], self.side), int(row[self.label])
+        try:
+            row = self.rows[index]
+            return square(row[self.image], self.side), int(row[self.label])
+        except Exception as problem:  # Pillow's decoders raise whatever broken bytes lead them to
+            raise DataError(f"{self.file_of(index)} cannot be read ({problem})") from problem
+
+    def file_of(self, index: int) -> str:
+        """The folder, and the row of item ``index``: the library does not keep the names of files."""
+        return f"{self.path}, row {index}"
 
 
 def hub_images(config: DataConfig) -> HubImages:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dydit.config import RunConfig, dump_config
-from dydit.errors import OutputError, TrainingError
+from dydit.errors import CheckpointError, OutputError, TrainingError
 from dydit.files import check_writable, new_folder, write_file
 from dydit.models.fixed_positions import computed_left_out
 from dydit.training.checkpoint import (
     CHECKPOINTS,
+    Snapshot,
     find_checkpoint,
+    identity,
+    leave_behind,
     list_checkpoints,
     load_checkpoint,
     prune,
     remove_scratch,
     save_checkpoint,
 )
+from dydit.training.checks import SAMPLES, check_same_data
 from dydit.training.data import LabelledImages
 from dydit.training.metrics import MetricsFile, one_line
 from dydit.training.rng import scoped_rng
@@ -95,10 +100,7 @@ def train(
         by = stop.signal_name or "another process"
         _say(f"stopped by {by} at step {steps}; continue with --resume auto", is_main)
         return TrainResult(steps, trained, metrics, checkpoint, stopped=True)
-    folder = run / MODEL_FOLDER
-    if is_main:
-        export_model(trained, folder, cfg.train.model_dtype)
-    return TrainResult(steps, trained, metrics, checkpoint, folder)
+    return TrainResult(steps, trained, metrics, checkpoint, loop.export(trained))
 
 
 class Loop:
@@ -118,26 +120,23 @@ class Loop:
 
         Raises:
             OutputError: the folder cannot be written, or holds a run and ``resume`` does not continue it.
-            CheckpointError: the checkpoint is broken or belongs to another run.
+            CheckpointError: the checkpoint is broken, belongs to another run, or is not the same one on all
+                processes.
             ConfigError: a tracker is not installed.
         """
         run, trainer = self.run_folder, self.trainer
         check_trackers(trainer.cfg.train.trackers)
-        there = list_checkpoints(run)
-        self.checkpoint = None if resume is None else find_checkpoint(run, resume)
-        if there and not _inside(self.checkpoint, run / CHECKPOINTS):
-            raise OutputError(
-                f"{run} holds a run already, up to step {list(there)[-1]}",
-                remedy="continue it with --resume auto, or set another output_dir",
-            )
-        if self.checkpoint is not None:
-            snapshot = load_checkpoint(self.checkpoint)
+        snapshot = self._take_up(resume)
+        if snapshot is not None:
+            check_same_data(trainer.cfg, len(trainer.dataset), snapshot.state)
             trainer.load(snapshot)
             self.record = snapshot.state["metrics"]
             _say(f"resumed at step {trainer.progress.step} from {self.checkpoint}", self.is_main)
         if self.is_main:
             check_writable(run / CHECKPOINTS)
             remove_scratch(run)
+            if resume is not None and self.checkpoint == Path(resume):
+                self._leave_behind(self.checkpoint)
             write_file(run / CONFIG_FILE, dump_config(trainer.cfg))
         self.file.truncate(trainer.progress.step)
         self._trackers = Trackers(trainer.accelerator, trainer.cfg)
@@ -151,7 +150,10 @@ class Loop:
         """Train to the last step; returns whether the run was stopped before it.
 
         Raises:
-            TrainingError: the loss stayed non-finite; names the last good checkpoint.
+            TrainingError: the loss stayed non-finite.
+            OutputError: a log line or a checkpoint could not be written.
+
+        Both name the last good checkpoint.
         """
         progress, steps = self.trainer.progress, self.trainer.cfg.train.steps
         self._restart_clock()
@@ -188,7 +190,7 @@ class Loop:
         record["images_per_s"] = done * self.trainer.global_batch / seconds
         record["eta_s"] = left * seconds / done
         self.record = record
-        self.file.append(record)
+        self._write(lambda: self.file.append(record))
         if self._trackers is not None:
             self._trackers.log(record)
         self._restart_clock()
@@ -204,19 +206,83 @@ class Loop:
             OutputError: it could not be written; the one before is intact.
         """
         snapshot = self.trainer.snapshot(dict(self.record))
+        snapshot = replace(snapshot, state={**snapshot.state, SAMPLES: len(self.trainer.dataset)})
         train = self.trainer.cfg.train
+
+        def write() -> Path:
+            folder = save_checkpoint(self.run_folder, snapshot)
+            prune(self.run_folder, snapshot.step, train.keep_last, train.keep_every)
+            return folder
+
+        folder: Path = self._on_main(write)
+        self.checkpoint = folder
+        return folder
+
+    def export(self, model: Any) -> Path:
+        """Save the trained model in the run folder; every process learns whether it worked.
+
+        Raises:
+            OutputError: it could not be written; names the last good checkpoint.
+        """
+        folder = self.run_folder / MODEL_FOLDER
+        self._write(lambda: export_model(model, folder, self.trainer.cfg.train.model_dtype))
+        return folder
+
+    def _take_up(self, resume: str | None) -> Snapshot | None:
+        """The checkpoint that ``resume`` means, once all processes have read the same one.
+
+        Each looks for itself: nodes without a shared disk may hold different ones, or none.
+        """
+        snapshot: Snapshot | None = None
+        problem: CheckpointError | OutputError | None = None
+        seen = "none"
+        try:
+            self.checkpoint = _checkpoint_of(self.run_folder, resume)
+            if self.checkpoint is not None:
+                snapshot, seen = load_checkpoint(self.checkpoint), identity(self.checkpoint)
+        except (CheckpointError, OutputError) as error:
+            problem, seen = error, f"none ({error})"
+        counts = Counter(gather_object([seen]))
+        if len(counts) > 1:
+            found = ", ".join(f"{what} on {count}" for what, count in counts.items())
+            raise CheckpointError(
+                f"the {counts.total()} processes found different checkpoints in {self.run_folder}: {found}",
+                expected="the same one on all",
+                remedy="set output_dir to a disk that all nodes share, or copy the checkpoint to every node",
+            )
+        if problem is not None:
+            raise problem
+        return snapshot
+
+    def _leave_behind(self, checkpoint: Path) -> None:
+        """Drop what the run did after ``checkpoint``, which was asked for by its name."""
+        if dropped := leave_behind(self.run_folder, checkpoint):
+            steps = ", ".join(map(str, dropped))
+            _say(f"deleted the checkpoints after it, which are left behind: step {steps}", self.is_main)
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives on the main process, or its OutputError, on every process."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
-                outcome = [save_checkpoint(self.run_folder, snapshot)]
-                prune(self.run_folder, snapshot.step, train.keep_last, train.keep_every)
+                outcome = [work()]
             except OutputError as problem:
                 outcome = [problem]
         outcome = broadcast_object_list(outcome)
         if isinstance(outcome[0], OutputError):
             raise outcome[0]
-        self.checkpoint = outcome[0]
         return outcome[0]
+
+    def _write(self, work: Callable[[], Any]) -> None:
+        """``_on_main``, whose error says where the run can go on."""
+        try:
+            self._on_main(work)
+        except OutputError as problem:
+            own = self.checkpoint is None or _inside(self.checkpoint, self.run_folder / CHECKPOINTS)
+            raise OutputError(
+                f"{problem}; {self._last_good()}",
+                remedy=f"continue with --resume {'auto' if own else self.checkpoint}",
+            ) from problem
 
     def _restart_clock(self) -> None:
         self._timed_from, self._timed_step = time.perf_counter(), self.trainer.progress.step
@@ -248,6 +314,18 @@ def export_model(model: Any, folder: Path, dtype: str = "float32") -> Path:
         except SafetensorError as problem:  # its way to tell of a full disk
             raise OutputError(f"{folder} cannot be written ({problem})", remedy="free space") from problem
     return folder
+
+
+def _checkpoint_of(run: Path, resume: str | None) -> Path | None:
+    """What ``resume`` means for a run folder; a run in it is not started over."""
+    there = list_checkpoints(run)
+    checkpoint = None if resume is None else find_checkpoint(run, resume)
+    if there and not _inside(checkpoint, run / CHECKPOINTS):
+        raise OutputError(
+            f"{run} holds a run already, up to step {list(there)[-1]}",
+            remedy="continue it with --resume auto, or set another output_dir",
+        )
+    return checkpoint
 
 
 def _inside(path: Path | None, folder: Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from accelerate import DistributedType
 from accelerate.utils import set_seed
 
 from dydit.compute.machine import peak_memory
@@ -18,6 +20,7 @@ from dydit.training.loop import OnStep, TrainResult, train
 from dydit.training.memory import MIB, SavedForBackward, describe_state, state_memory
 from dydit.training.metrics import one_line
 from dydit.training.rng import scoped_rng
+from dydit.training.trackers import check_trackers
 from dydit.training.trainer import Trainer
 
 
@@ -46,7 +49,6 @@ def run_training(
         set_seed(cfg.seed)
         model, backbone = build_model(cfg, dataset.num_classes)
     if dry_run:
-        print(describe(model, cfg))
         return _try_one_step(model, cfg, dataset, backbone)
     return train(model, cfg, dataset, frozen_backbone=backbone, resume=resume, on_step=callback)
 
@@ -63,13 +65,18 @@ def build_model(cfg: RunConfig, num_classes: int) -> tuple[Any, Any]:
         return (DiT(**arguments) if preset is None else DiT.from_preset(preset, **arguments)), None
     assert cfg.backbone is not None
     wanted = num_classes if cfg.on_class_mismatch == "drop" else None
-    backbone = load_backbone(cfg.backbone, num_classes=wanted, on_class_mismatch="drop")
+    # Weights, moments and averages in float32, whatever the file holds; train.mixed_precision is autocast's.
+    backbone = load_backbone(cfg.backbone, dtype=torch.float32, num_classes=wanted, on_class_mismatch="drop")
     distils = cfg.warmup.mode == "distill" and cfg.warmup.steps > 0
     return convert(backbone, cfg.dydit, copy=distils), backbone if distils else None
 
 
-def describe(model: Any, cfg: RunConfig) -> str:
-    """The resolved configuration, the parameter counts and the compute of a run, as text."""
+def describe(model: Any, cfg: RunConfig, shards: int = 1) -> str:
+    """The resolved configuration, the parameter counts, the compute and the memory of a run, as text.
+
+    Args:
+        shards: processes that FSDP cuts the state up over; 1 without it.
+    """
     parameters = sum(p.numel() for p in model.parameters())
     gmacs = static_macs(model.shape) / 1e9
     lines = [dump_config(cfg).rstrip(), f"parameters: {parameters:,}"]
@@ -79,22 +86,27 @@ def describe(model: Any, cfg: RunConfig) -> str:
     if cfg.task == "finetune":
         wanted = gmacs * cfg.compute.target
         lines.append(f"target {cfg.compute.target:g}: {wanted:.6g} GMACs = {2 * wanted:.6g} GFLOPs")
-    lines.append(describe_state(state_memory(model, cfg.train)))
+    lines.append(describe_state(state_memory(model, cfg.train, shards)))
     return "\n".join(lines)
 
 
 def _try_one_step(model: Any, cfg: RunConfig, dataset: LabelledImages, backbone: Any) -> TrainResult:
+    check_trackers(cfg.train.trackers)
     with scoped_rng():
         trainer = Trainer(model, cfg, dataset, backbone)
+        accelerator = trainer.accelerator
+        if accelerator.is_main_process:
+            sharded = accelerator.distributed_type == DistributedType.FSDP
+            print(describe(trainer.plain, cfg, accelerator.num_processes if sharded else 1))
         with SavedForBackward(trainer.plain) as saved:
             trainer.step()
         record = trainer.metrics()
-        if trainer.accelerator.is_main_process:
+        if accelerator.is_main_process:
             print(f"one step of {trainer.global_batch} images: {one_line(record)}")
             kept = "not measured with gradient checkpointing"
             if not cfg.train.gradient_checkpointing:
                 kept = f"{saved.peak / MIB:.1f} MiB"
             print(f"activations for the backward of {cfg.data.batch_size} images: {kept}")
-            whose = "this process" if trainer.accelerator.device.type == "cpu" else "the GPU"
-            print(f"peak memory of {whose}: {peak_memory(trainer.accelerator.device) / MIB:.0f} MiB")
+            whose = "this process" if accelerator.device.type == "cpu" else "the GPU"
+            print(f"peak memory of {whose}: {peak_memory(accelerator.device) / MIB:.0f} MiB")
         return TrainResult(1, trainer.close(), record)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dydit.config import DataConfig
 from dydit.errors import DataError
+from dydit.latents.datasets import log_skipped
 from dydit.latents.image_folder import IMAGE_ENDINGS, OnBad
 from dydit.training.hub_images import pixel_side, square
 
@@ -43,7 +44,8 @@ class ShardedImages:
     Args:
         path: a folder of shards ``*.tar``; their order is that of their names.
         side: of the samples in pixels.
-        on_bad: ``raise`` at a shard that is broken or a sample without image or label, or ``skip`` them.
+        on_bad: ``raise`` at a shard that is broken or a sample without image or label, or ``skip`` them,
+            which logs each.
 
     Raises:
         DataError: there are no shards or no samples, or ``on_bad`` is raise and something is bad; from
@@ -55,17 +57,22 @@ class ShardedImages:
         if not shards:
             raise DataError(f"{path} has no shards", expected="files *.tar")
         self.samples: list[ShardSample] = []
+        skipped: list[str] = []
         for shard in tqdm(shards, desc="reading shards", unit="shard", disable=None, delay=1):
             for found in read_index(shard):
                 if isinstance(found, ShardSample):
                     self.samples.append(found)
                 elif on_bad == "raise":
                     raise found
+                else:
+                    skipped.append(str(found))
+        log_skipped(path, skipped)
         if not self.samples:
             raise DataError(
                 f"{path} has no samples", expected=f"images with {LABEL_ENDING} files in its shards"
             )
-        self.num_classes = 1 + max(sample.label for sample in self.samples)
+        self.labels = [sample.label for sample in self.samples]
+        self.num_classes = 1 + max(self.labels)
         self.side, self.sample_shape = side, (3, side, side)
 
     def __len__(self) -> int:
@@ -79,7 +86,12 @@ class ShardedImages:
                 content = file.read(sample.size)
             return square(Image.open(io.BytesIO(content)), self.side), sample.label
         except Exception as problem:  # Pillow's decoders raise whatever broken bytes lead them to
-            raise DataError(f"{sample.shard}, {sample.name} cannot be read ({problem})") from problem
+            raise DataError(f"{self.file_of(index)} cannot be read ({problem})") from problem
+
+    def file_of(self, index: int) -> str:
+        """The shard of item ``index``, and the image's name there."""
+        sample = self.samples[index]
+        return f"{sample.shard}, {sample.name}"
 
 
 def sharded_images(config: DataConfig) -> ShardedImages:

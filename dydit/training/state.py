@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dydit.errors import CheckpointError
@@ -62,6 +63,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 @contextmanager
 def averaged_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     """The model with its averaged weights, for as long as the context lasts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without backward the whole of some weights is still there
     parameters = local_parameters(model)
     ema.store(parameters)
     ema.copy_to(parameters)

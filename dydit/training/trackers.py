@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,11 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from dydit.config import RunConfig
 from dydit.errors import ConfigError
+from dydit.files import write_file
 
 # Tracker -> modules of which one must be there.
 NEEDED = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+WANDB_ID = "wandb_id"
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -52,7 +55,7 @@ class Trackers:
                 tracker = TensorBoardTracker("tensorboard", logging_dir=run)
             else:
                 # One run of theirs for one of ours: resuming goes on in it.
-                tracker = WandBTracker("dydit", name=run.name, dir=str(run), id=run.name, resume="allow")
+                tracker = WandBTracker("dydit", name=run.name, dir=str(run), id=wandb_id(run), resume="allow")
             tracker.start()
             tracker.store_init_configuration(settings)
             self.trackers.append(tracker)
@@ -67,6 +70,18 @@ class Trackers:
         """Flush and close."""
         for tracker in self.trackers:
             tracker.finish()
+
+
+def wandb_id(run: Path) -> str:
+    """W&B's id for a run folder, drawn once and kept in it: folders of one name are different runs.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    file = run / WANDB_ID
+    if not file.exists():
+        write_file(file, secrets.token_hex(8) + "\n")  # of the system: no generator of the run moves
+    return file.read_text(encoding="utf-8").strip()
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

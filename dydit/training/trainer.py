@@ -86,7 +86,7 @@ class Trainer:
         self.window = Window()
         self._batches = self._stream()
         self._last: NoisyBatch | None = None
-        set_seed(cfg.seed, device_specific=True)  # for a backbone that draws numbers of its own (dropout)
+        self._seed(cfg.seed)  # for a backbone that draws numbers of its own (dropout)
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -308,9 +308,15 @@ class Trainer:
 
     def _load_process(self, processes: list[Any], tensors: Any) -> None:
         rank = self.accelerator.process_index
+        if len(processes) == self.accelerator.num_processes:
+            # Else what was gathered since the last record is let go: all processes must hold the same names.
+            self.window.load(processes[rank]["window"], self.accelerator.device)
         if rank >= len(processes):
-            set_seed(self.cfg.seed + self.progress.step, device_specific=True)
+            self._seed(self.cfg.seed + self.progress.step)
             return
         mine = {k.partition(".")[2]: t for k, t in tensors.items() if k.startswith(f"{rank}.")}
-        self.window.load(processes[rank]["window"], self.accelerator.device)
         restore_rng(RngState(mine, processes[rank]["rng"]))
+
+    def _seed(self, seed: int) -> None:
+        """Seed the global generators, differently on each process."""
+        set_seed((seed + self.accelerator.process_index) % 2**32)  # NumPy takes no more

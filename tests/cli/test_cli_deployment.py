@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from core_builders import randomize, relative_error, small_dydit, small_inputs
+from safetensors import SafetensorError
 
 from dydit.cli.app import main
 from dydit.deployment.loader import Deployment
@@ -42,7 +44,7 @@ def test_the_folder_runs_like_the_engine(saved: Path, tmp_path: Path, options: t
     engine = SubnetEngine(model, schedule, dtype=dtype, mode=mode)  # type: ignore[arg-type]
     x, y = small_inputs(model.shape)
     for t in schedule.timesteps:
-        found, expected = Deployment(out)(x.to(dtype), t, y), engine(x.to(dtype), t, y)
+        found, expected = Deployment(out, device="cpu")(x.to(dtype), t, y), engine(x.to(dtype), t, y)
         assert found.dtype == dtype
         assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -82,3 +84,29 @@ def test_compiling_without_a_compiler_is_refused_before_any_work(
     assert "without a C++ compiler" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run(saved, tmp_path / "out", "--aot") == 0  # left out, it is done where it can be
     assert not list((tmp_path / "out").rglob("*.compiled.pt2"))
+
+
+def full_disk(*_args: Any, **_options: Any) -> Any:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("safetensors.torch.save_file", ("--with-weights",)),
+        ("dydit.deployment.folder.save_file", ("--aot", "--no-aot-compile")),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    options: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(where, full_disk)
+    assert run(saved, tmp_path / "out", *options) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "free space" in told and "Traceback" not in told
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,16 @@ from core_builders import (
     small_inputs,
 )
 from diffusers import DiTTransformer2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
 import dydit
 from dydit.config import DyDiTConfig
+from dydit.deployment import loader
 from dydit.deployment.folder import compile_programs, write_deployment
-from dydit.deployment.loader import Deployment, read_safetensors
+from dydit.deployment.loader import Cut, Deployment, read_safetensors
+from dydit.deployment.programs import export_programs
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
 from dydit.export.schedule import SubnetSchedule
@@ -54,10 +61,30 @@ def routed(model: DyDiT, capacities: bool, seed: int = 0) -> SubnetSchedule:
     return SubnetSchedule.from_model(model, STEPS, capacities=numbers if capacities else None)
 
 
+def side_by_side(model: DyDiT, seed: int = 0) -> SubnetSchedule:
+    """Heads and groups that are one run each, anywhere and of any length from 1."""
+    rng = np.random.default_rng(seed)
+
+    def runs(count: int) -> Any:
+        first = rng.integers(0, count, (len(STEPS), model.shape.depth, 1))
+        where = np.arange(count)
+        return (first <= where) & (where < rng.integers(first + 1, count + 1))
+
+    route_widths(model, STEPS, runs(model.shape.num_heads), runs(model.shape.mlp_groups))
+    return SubnetSchedule.from_model(model, STEPS)
+
+
 def deployed(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Deployment:
     schedule.save(folder)
     write_deployment(folder, model, schedule)
     return Deployment(folder)
+
+
+def copies(found: Deployment, pack: dict[str, Any]) -> int:
+    """Bytes of what is not in the memory of the weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in found.weights.values()}
+    tensors = [leaf for leaf in tree_leaves(pack) if isinstance(leaf, torch.Tensor)]
+    return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in weights)
 
 
 def check(found: Any, model: DyDiT, schedule: SubnetSchedule, tolerance: float = 1e-5) -> None:
@@ -88,14 +115,18 @@ def test_without_token_routers(tmp_path: Path) -> None:
     check(deployed(tmp_path, model, schedule), model, schedule)
 
 
-@pytest.mark.parametrize("capacities", [False, True])
-def test_a_diffusers_model(tmp_path: Path, capacities: bool) -> None:
+def diffusers_dit() -> DiTTransformer2DModel:
     backbone = DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=2,
         sample_size=8, patch_size=2, num_embeds_ada_norm=10,
     )  # fmt: skip
     randomize(backbone)
-    model = dydit.convert(backbone.eval(), DyDiTConfig(token_router_ratio=4))
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("capacities", [False, True])
+def test_a_diffusers_model(tmp_path: Path, capacities: bool) -> None:
+    model = dydit.convert(diffusers_dit(), DyDiTConfig(token_router_ratio=4))
     schedule = routed(model, capacities)
     check(deployed(tmp_path, model, schedule), model, schedule)
 
@@ -112,13 +143,16 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_aot_inductor_computes_the_same(tmp_path: Path) -> None:
-    model = small_dydit(0, mixed=False)
+@pytest.mark.parametrize("num_heads", [4, 2])
+def test_aot_inductor_computes_the_same(tmp_path: Path, num_heads: int) -> None:
+    model = small_dydit(0, mixed=False, num_heads=num_heads)
     schedule = routed(model, capacities=True)
     schedule.save(tmp_path)
     compile_programs(tmp_path, write_deployment(tmp_path, model, schedule))
+    found = Deployment(tmp_path, compiled=True)
     # Generated code has its own, coarser exponentials.
-    check(Deployment(tmp_path, compiled=True), model, schedule, tolerance=1e-4)
+    check(found, model, schedule, tolerance=1e-4)
+    assert all(copies(found, pack) == pack["bytes"] for pack in found.packs.values())
 
 
 LONE = """
@@ -160,13 +194,139 @@ def test_250_timesteps_take_no_more_programs_than_a_few(tmp_path: Path) -> None:
     assert sum(sizes.values()) - sizes["weights.safetensors"] < 400_000
 
 
-def test_slices_stay_below_the_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("separate", [False, True])
+def test_components_side_by_side_are_views(tmp_path: Path, separate: bool) -> None:
+    config = DyDiTConfig(token_router_ratio=4, mlp_groups=8, always_on=False)
+    model = (
+        dydit.convert(diffusers_dit(), config)
+        if separate
+        else small_dydit(0, config, mixed=False, num_heads=8)
+    )
+    schedule = side_by_side(model)
+    found = deployed(tmp_path, model, schedule)
+    assert ("attend_of_run" in found.programs) != separate
+    check(found, model, schedule)
+    assert len(found.packs) > 10
+    assert all(copies(found, pack) == pack["bytes"] == 0 for pack in found.packs.values())
+
+
+def test_only_copies_count(tmp_path: Path) -> None:
+    model = small_dydit(0, DyDiTConfig(token_router_ratio=4, mlp_groups=8, always_on=False), mixed=False)
+    schedule = routed(model, capacities=False)
+    found = deployed(tmp_path, model, schedule)
+    check(found, model, schedule)
+    assert all(copies(found, pack) == pack["bytes"] for pack in found.packs.values())
+    assert len({pack["bytes"] > 0 for pack in found.packs.values()}) == 2
+
+
+def test_compiled_programs_get_columns_as_a_copy_has_them(tmp_path: Path) -> None:
+    model = small_dydit(0, DyDiTConfig(token_router_ratio=4, mlp_groups=8, always_on=False), mixed=False)
+    schedule = side_by_side(model)
+    found = deployed(tmp_path, model, schedule)
+    found.compiled = True
+    check(found, model, schedule)
+    for pack in found.packs.values():
+        assert all(leaf.is_contiguous() for leaf in tree_leaves(pack) if isinstance(leaf, torch.Tensor))
+        assert copies(found, pack) == pack["bytes"]
+
+
+def test_slices_never_exceed_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_dydit(0, mixed=False)
     schedule = routed(model, capacities=False)
     found = deployed(tmp_path, model, schedule)
-    found.budget = 40_000
     check(found, model, schedule)
+    found.budget = max(pack["bytes"] for pack in found.packs.values())
+    found.packs.clear()
+    make, seen = Cut.make, []
+
+    def watched(cut: Cut) -> Any:
+        seen.append(cut.copied_bytes + sum(pack["bytes"] for pack in found.packs.values()))
+        return make(cut)
+
+    monkeypatch.setattr(Cut, "make", watched)
+    check(found, model, schedule)
+    assert 0 < max(seen) <= found.budget
     assert 0 < sum(pack["bytes"] for pack in found.packs.values()) <= found.budget
+
+
+def test_slices_above_the_budget_are_not_kept(tmp_path: Path) -> None:
+    model = small_dydit(0, mixed=False)
+    schedule = routed(model, capacities=False)
+    found = deployed(tmp_path, model, schedule)
+    found.budget = 0
+    check(found, model, schedule)
+    assert not any(pack["bytes"] for pack in found.packs.values())
+
+
+def test_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dydit(0, mixed=False)
+    found = deployed(tmp_path, model, routed(model, capacities=False))
+    x, y = small_inputs(model.shape)
+    expected = {t: found(x, t, y) for t in STEPS}
+    found.budget = max(pack["bytes"] for pack in found.packs.values())  # so that each drops the other's
+    make, alone = Cut.make, threading.Lock()
+
+    def watched(cut: Cut) -> Any:
+        assert alone.acquire(blocking=False)  # two at once would exceed the budget together
+        time.sleep(0.0005)
+        alone.release()
+        return make(cut)
+
+    monkeypatch.setattr(Cut, "make", watched)
+
+    def run(steps: list[float]) -> bool:
+        return all(torch.equal(found(x, t, y), expected[t]) for t in 4 * steps)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, (STEPS, STEPS[::-1])))
+    assert sum(pack["bytes"] for pack in found.packs.values()) <= found.budget
+
+
+def test_two_heads(tmp_path: Path) -> None:
+    model = small_dydit(0, DyDiTConfig(token_router_ratio=4, always_on=False), mixed=False, num_heads=2)
+    schedule = routed(model, capacities=False)
+    programs = export_programs(model, schedule).programs
+    assert sorted(programs)[:3] == ["attend", "attend_of_one_head", "attend_without_heads"]
+    _, _, _, qkv, _ = programs["attend"].example_inputs[0]
+    assert qkv[0][0].shape == (3 * 32, 32)  # both heads: one has other strides
+    check(deployed(tmp_path, model, schedule), model, schedule)
+
+
+def test_the_device_is_the_folders_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dydit(0, mixed=False)
+    schedule = routed(model, capacities=False)
+    assert deployed(tmp_path, model, schedule).device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device meta for compiled .*; expected cpu, .*; leave out compiled"):
+        Deployment(tmp_path, device="meta", compiled=True)
+    plan = tmp_path / "deployment.json"
+    plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match='device cuda; expected one .*; give device="cpu"'):
+        Deployment(tmp_path)
+    with pytest.raises(ValueError, match="device cpu for compiled .*; expected cuda"):
+        Deployment(tmp_path, device="cpu", compiled=True)
+    check(Deployment(tmp_path, device="cpu"), model, schedule)
+
+
+@pytest.mark.parametrize(
+    ("device", "made_on", "moved"),
+    [("cpu", "cpu", False), ("cuda:0", "cuda:0", False), ("cuda:1", "cuda:0", True), ("cuda:0", "cpu", True)],
+)
+def test_programs_move_to_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, made_on: str, moved: bool
+) -> None:
+    model = small_dydit(0, mixed=False)
+    found = deployed(tmp_path, model, SubnetSchedule.from_model(model, STEPS[:1]))
+    found.device, found.plan["device"] = torch.device(device), made_on
+    to: list[torch.device] = []
+
+    def moved_to(program: Any, where: torch.device) -> Any:
+        to.append(where)
+        return program
+
+    monkeypatch.setattr(loader, "move_to_device_pass", moved_to)
+    found._load(tmp_path / "programs", "decode")
+    assert to == ([torch.device(device)] if moved else [])
 
 
 @pytest.fixture
@@ -198,13 +358,25 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torc
 def test_a_timestep_outside_of_the_schedule_is_refused(tmp_path: Path) -> None:
     model = small_dydit(0, mixed=False)
     found = deployed(tmp_path, model, routed(model, capacities=False))
-    with pytest.raises(ValueError, match=r"timestep 3.0; the folder holds 950.0, 830.0, "):
-        found(*small_inputs(model.shape)[:1], 3.0, small_inputs(model.shape)[1])
+    x, y = small_inputs(model.shape)
+    with pytest.raises(ValueError, match=r"timestep 3.0; expected .* 8 \(950 … 110\); export again"):
+        found(x, 3.0, y)
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
     model = small_dydit(0, mixed=False)
     schedule = SubnetSchedule.from_model(model, STEPS)
     (tmp_path / "programs").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written .*; free space, or choose an empty folder"):
         write_deployment(tmp_path, model, schedule)
+
+
+def full_disk(*_args: Any, **_options: Any) -> Any:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dydit(0, mixed=False)
+    monkeypatch.setattr("dydit.deployment.folder.save_file", full_disk)
+    with pytest.raises(OutputError, match="cannot be written .*No space left on device.*; free space"):
+        write_deployment(tmp_path, model, SubnetSchedule.from_model(model, STEPS[:1]))

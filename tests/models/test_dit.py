@@ -102,7 +102,9 @@ def test_refuses_latents_of_another_shape() -> None:
     model = small_dit(sample_size=(4, 8))
     x, y = small_inputs(model.shape)
     for wrong in (x.transpose(2, 3), x[:, :2], x[0]):
-        with pytest.raises(ShapeError, match=r"latent of shape .*; expected \(batch, 3, 4, 8\)"):
+        with pytest.raises(
+            ShapeError, match=r"latent of shape .*; expected \(batch, 3, 4, 8\); give a batch"
+        ):
             model(wrong, 5, y)
 
 
@@ -120,10 +122,28 @@ def test_refuses_labels_outside_the_table(label: int) -> None:
 def test_refuses_what_is_not_one_per_sample(wrong: Tensor) -> None:
     model = small_dit()
     x, y = small_inputs(model.shape)
-    with pytest.raises(ShapeError, match="timesteps of shape"):
+    with pytest.raises(
+        ShapeError, match="timesteps of shape .*, one per sample; give as many timesteps as latents"
+    ):
         model(x, wrong, y)
     with pytest.raises(ShapeError, match="labels of shape"):
         model(x, 5, wrong.long())
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 12), (1, 5, 12), (2, 5, 12), (5, 12), (3,), (3, 5, 8)])
+def test_refuses_what_is_not_one_text_per_sample(shape: tuple[int, ...]) -> None:
+    model = small_dit(conditioning="adaln_single")
+    x, _ = small_inputs(model.shape)
+    told = r"text of shape .*; expected \(3, tokens, 12\), one text per sample; give as many texts as latents"
+    with pytest.raises(ShapeError, match=told):
+        model(x, 5, torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_texts_of_any_length() -> None:
+    model = small_dit(conditioning="adaln_single")
+    x, y = small_inputs(model.shape)
+    assert relative_error(model(x, 5, y.repeat(1, 2, 1)), model(x, 5, y)) < 1e-5
 
 
 @pytest.mark.parametrize(

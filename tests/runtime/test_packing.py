@@ -17,10 +17,13 @@ from dydit.runtime.packing import (
     PackCache,
     PackedBlock,
     PackStatistics,
+    attention_bytes,
     block_bytes,
     check_budget,
+    mlp_bytes,
+    pack_attention,
     pack_block,
-    packed_bytes,
+    pack_mlp,
 )
 
 H, G, D = 4, 8, 32
@@ -142,8 +145,9 @@ def test_the_size_of_a_packing_is_known_before(layout: str, heads: list[bool], g
     attention, mlp = parts()
     if layout == "separate":
         attention = AttentionParts(tuple(nn.Linear(D, D) for _ in range(3)), attention.out, H)
-    packed = pack_block(attention, mlp, np.array(heads), np.array(groups))
-    assert packed_bytes(attention, mlp, np.array(heads), np.array(groups)) == packed.copied_bytes
+    head_mask, group_mask = np.array(heads), np.array(groups)
+    assert attention_bytes(attention, head_mask) == pack_attention(attention, head_mask).copied_bytes
+    assert mlp_bytes(mlp, group_mask) == pack_mlp(mlp, group_mask).copied_bytes
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from torch import nn
 
+from dydit.errors import ConfigError
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.packing import block_bytes
 from dydit.runtime.packs import SchedulePacks
 
@@ -43,21 +48,63 @@ def test_the_default_budget_is_one_more_copy_of_the_blocks() -> None:
 def test_on_the_cpu_nothing_is_prepared() -> None:
     found = packs()
     found.prepare_next(0, CPU)
-    found.join(CPU)
     assert found.statistics().misses == 0
 
 
+def test_heads_and_groups_are_packed_once_per_mask_of_their_own() -> None:
+    """Two masks of heads by two of groups are four subnetworks, and four slices, not eight."""
+    model = small_dydit()
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS)
+    H, G, L = model.shape.num_heads, model.shape.mlp_groups, model.shape.depth
+    pairs = [(heads, groups) for heads in (0, 1) for groups in (0, 1)]
+    head_masks, group_masks = np.ones((2, H), bool), np.ones((2, G), bool)
+    head_masks[0, 1] = head_masks[1, 2] = group_masks[0, 1] = group_masks[1, 2] = False
+    crossed = replace(
+        schedule,
+        timesteps=(4.0, 3.0, 2.0, 1.0),
+        head_rows=np.stack([head_masks[h] for h, _ in pairs]),
+        group_rows=np.stack([group_masks[g] for _, g in pairs]),
+        rows=np.repeat(np.arange(4, dtype=np.int32)[:, None], L, axis=1),
+    )
+    engine = SubnetEngine(model, crossed, memory_budget=10**9)
+    x, y = small_inputs(model.shape)
+    for t in crossed.timesteps:
+        engine(x, t, y)
+    found = engine.pack_statistics()
+    assert (found.misses, found.hits) == (3 * L, L)  # the fourth pair is made of what is there
+    assert found.bytes == sum(engine._packs._sizes.values())
+
+
+def test_a_conversion_measures_the_slices_anew() -> None:
+    model = nn.Module.to(small_dydit(), torch.bfloat16)
+    blocks = model.adapter.blocks(model.backbone)
+    block = max(block_bytes(model.adapter.attention(b), model.adapter.mlp(b)) for b in blocks)
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS), memory_budget=2 * block)
+    x, y = small_inputs(model.shape)
+    engine(x.bfloat16(), TIMESTEPS[0], y)
+    engine.float()
+    for t in TIMESTEPS:
+        engine(x, t, y)
+        assert engine.pack_statistics().bytes <= 2 * block
+    assert engine.computed_tokens(5) == 5
+    with pytest.raises(ConfigError, match="memory budget"):
+        engine.double()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and graphs are its own")
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("budget", [None, 10**9])
-def test_on_a_gpu_the_engine_computes_the_same(compile: bool, budget: int | None) -> None:
+def test_on_a_gpu_the_engine_computes_the_same(mode: Mode, compile: bool, budget: int | None) -> None:
     model = small_dydit().cuda()
     capacities = torch.randint(0, model.shape.tokens, (len(TIMESTEPS), model.shape.depth)).numpy()
     schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
-    plain = SubnetEngine(model, schedule, mode="capacity")
-    engine = SubnetEngine(model, schedule, mode="capacity", compile=compile, memory_budget=budget)
-    x, y = (tensor.cuda() for tensor in small_inputs(model.shape))
-    for _ in range(3):
-        for t in TIMESTEPS:
-            assert relative_error(engine(x, t, y), plain(x, t, y)) < 1e-4
-    assert engine.pack_statistics().hits > 0
+    masked = [{} if mode == "exact" else {"capacities": row.tolist()} for row in capacities]
+    engine = SubnetEngine(model, schedule, mode=mode, compile=compile, memory_budget=budget)
+    for batch in (2, 3, 2):
+        x, y = (tensor.cuda() for tensor in small_inputs(model.shape, batch))
+        for _ in range(3):
+            for t, options in zip(TIMESTEPS, masked, strict=True):
+                expected = model(x, torch.full((batch,), t, device="cuda"), y, **options)
+                assert relative_error(engine(x, t, y), expected) < 1e-4
+    assert engine.records == (compile and mode == "capacity" and engine._packs.all_fit)

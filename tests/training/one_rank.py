@@ -57,6 +57,7 @@ def observe(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
                 save_checkpoint(checkpoint, snapshot)
     trained = trainer.snapshot().tensors
     seen["weights"], seen["ema"] = trained["model"], trained["ema"]
+    trainer.evaluated_ratio()  # a forward without backward: FSDP leaves some weights put together
     seen["closed"] = {name: tensor.clone() for name, tensor in trainer.close().state_dict().items()}
     return seen
 

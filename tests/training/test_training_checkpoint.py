@@ -17,6 +17,8 @@ from dydit.training import checkpoint
 from dydit.training.checkpoint import (
     Snapshot,
     find_checkpoint,
+    identity,
+    leave_behind,
     list_checkpoints,
     load_checkpoint,
     prune,
@@ -115,6 +117,20 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_by_auto(
     assert find_checkpoint(tmp_path, "auto") == good
 
 
+def test_what_a_full_disk_leaves_is_named_only_if_it_is_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, snapshot(10))
+    truncate(save_checkpoint(tmp_path, snapshot(20)) / "model.safetensors")
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OutputError, match=r"step 30 was not saved .*the checkpoint at step 10 is intact"):
+        save_checkpoint(tmp_path, snapshot(30))
+    truncate(tmp_path / "checkpoints" / "step-00000010" / "model.safetensors")
+    with pytest.raises(OutputError, match="step 30 was not saved") as caught:
+        save_checkpoint(tmp_path, snapshot(30))
+    assert "intact" not in str(caught.value)
+
+
 def test_auto_finds_nothing_in_a_new_folder_and_refuses_one_with_only_damage(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "auto") is None
     truncate(save_checkpoint(tmp_path, snapshot(10)) / "state.json")
@@ -139,12 +155,45 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     assert list(list_checkpoints(tmp_path)) == [10, 20, 25]  # 30 lies in a future given up by resuming
 
 
+def test_checkpoints_after_the_one_to_go_on_from_are_left_behind(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        save_checkpoint(tmp_path, snapshot(step))
+    before = tmp_path / "checkpoints" / "step-00000010"
+    assert leave_behind(tmp_path, before) == [20, 15]
+    assert list(list_checkpoints(tmp_path)) == [5, 10] and find_checkpoint(tmp_path, "auto") == before
+    assert (tmp_path / "latest").read_text() == "checkpoints/step-00000010\n"
+    assert leave_behind(tmp_path, before) == []
+    assert leave_behind(tmp_path / "other", before) == []  # of another run: nothing here comes after it
+
+
+def test_a_checkpoint_that_cannot_be_left_behind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save_checkpoint(tmp_path, snapshot(5))
+    save_checkpoint(tmp_path, snapshot(10))
+
+    def refuse(*_args: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(checkpoint, "_discard", refuse)
+    with pytest.raises(OutputError, match=r"step-00000010 cannot be deleted: Permission denied; delete it"):
+        leave_behind(tmp_path, first)
+
+
+def test_only_copies_of_a_checkpoint_have_its_identity(tmp_path: Path) -> None:
+    one, other = save_checkpoint(tmp_path / "a", snapshot(5)), save_checkpoint(tmp_path / "b", snapshot(5))
+    assert identity(one) == identity(other) and identity(one).startswith("step-00000005 (")
+    different = Snapshot(5, snapshot(6).tensors, snapshot(5).state)
+    assert identity(save_checkpoint(tmp_path / "b", different)) != identity(one)
+
+
 def test_what_a_kill_left_behind_is_not_a_checkpoint_and_is_cleared(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, snapshot(10))
     before = names(tmp_path)
     (tmp_path / "checkpoints" / ".step-00000020.abc").mkdir()
     (tmp_path / "checkpoints" / ".step-00000020.abc" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".latest.xyz").write_text("half")
+    for name in (".latest.xyz", ".metrics.jsonl.xyz", ".wandb_id.xyz"):
+        (tmp_path / name).write_text("half")
     assert list(list_checkpoints(tmp_path)) == [10]
     remove_scratch(tmp_path)
     assert names(tmp_path) == before

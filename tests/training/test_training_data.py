@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dydit.config import DataConfig
@@ -38,6 +41,13 @@ class Samples:
                 raise self.sample
             return self.sample
         return torch.full((1, 8, 8), index / 12), index % 10
+
+
+class NamedSamples(Samples):
+    """Their files are known."""
+
+    def file_of(self, index: int) -> str:
+        return f"cat/{index}.png"
 
 
 def take(dataset: Any, count: int, **data: Any) -> list[Any]:
@@ -90,6 +100,9 @@ def test_processes_share_a_batch_between_them() -> None:
         ((torch.zeros(3, 8, 8), 1), r"sample 7 has shape \(3, 8, 8\)"),
         ((torch.full((1, 8, 8), torch.nan), 1), "sample 7 has values that are not finite"),
         (OSError("image file is truncated"), "sample 7 cannot be read: image file is truncated"),
+        (SyntaxError("broken PNG"), r"sample 7 cannot be read: SyntaxError\('broken PNG'\)"),
+        (struct.error("too short"), r"sample 7 cannot be read: error\('too short'\)"),
+        (Image.DecompressionBombError("huge"), r"sample 7 cannot be read: DecompressionBombError\('huge'\)"),
     ],
 )
 def test_a_bad_sample_is_named_or_skipped(sample: Any, message: str) -> None:
@@ -97,6 +110,34 @@ def test_a_bad_sample_is_named_or_skipped(sample: Any, message: str) -> None:
         take(Samples(7, sample), 3)
     images = torch.cat([batch.images for batch in take(Samples(7, sample), 3, on_bad="skip")])
     assert sorted((images[:, 0, 0, 0] * 12).round().int().tolist()) == [0, 1, 2, 3, 4, 5, 6, 8, 8, 9, 10, 11]
+
+
+def test_a_bad_sample_is_named_by_its_file() -> None:
+    with pytest.raises(DataError, match=r"sample 7 \(cat/7\.png\) has label 10; expected 0 to 9; repair it"):
+        take(NamedSamples(7, (torch.zeros(1, 8, 8), 10)), 3)
+    with pytest.raises(DataError, match=r"sample 7 \(cat/7\.png\) cannot be read: truncated; repair it"):
+        take(NamedSamples(7, OSError("truncated")), 3)
+    with pytest.raises(DataError, match=r"sample 7 cannot be read: cat/7\.png is no image; repair it"):
+        take(NamedSamples(7, DataError("cat/7.png is no image")), 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_skipped_sample_is_logged_once(caplog: pytest.LogCaptureFixture, num_workers: int) -> None:
+    bad = NamedSamples(7, (torch.zeros(1, 8, 8), 10))
+    take(bad, 9, on_bad="skip", num_workers=num_workers)  # three epochs
+    assert caplog.messages == ["skipped: sample 7 (cat/7.png) has label 10; expected 0 to 9"]
+
+
+def test_what_an_image_folder_leaves_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "1.png")
+    data = {"name": "image_folder", "path": str(tmp_path), "image_size": 8}
+    make_dataset(DataConfig(**data, on_bad="skip"))
+    assert caplog.messages == [
+        f"{tmp_path}: 2 skipped (data.on_bad=skip), the first: {tmp_path}/dog has no images",
+        f"skipped: {tmp_path}/eel has no images",
+    ]
 
 
 def test_loader_processes_give_the_same_batches_and_the_same_error() -> None:
@@ -121,3 +162,12 @@ def test_a_data_set_that_does_not_fit_the_model_is_refused() -> None:
     other.num_classes = 11
     with pytest.raises(DataError, match="11 classes; expected at most the model's 10"):
         check_fits(other, SHAPE)
+
+
+def test_the_sample_that_gives_too_many_classes_is_named() -> None:
+    class Stray(NamedSamples):
+        labels, num_classes = (3, 900, 9), 901
+
+    message = r"^cat/1\.png has label 900, the data set has 901 classes; expected at most the model's 10; set"
+    with pytest.raises(DataError, match=message):
+        check_fits(Stray(), SHAPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -10,11 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
-from dydit.training.data import make_dataset
+from dydit.shapes import ModelShape
+from dydit.training.data import batches, check_fits, make_dataset
+
+SHAPE = ModelShape(
+    sample_size=(8, 8), patch_size=2, in_channels=3, out_channels=6, hidden_size=32, depth=2, num_heads=4,
+    mlp_hidden=128, mlp_groups=4, num_classes=10,
+)  # fmt: skip
 
 
 def picture(grey: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
@@ -25,6 +33,14 @@ def encoded(grey: int) -> bytes:
     buffer = io.BytesIO()
     picture(grey).save(buffer, "png")
     return buffer.getvalue()
+
+
+def broken() -> bytes:
+    """A PNG that opens, and at whose second chunk of pixels Pillow raises a SyntaxError."""
+    png = encoded(0)
+    at = png.index(b"IDAT")
+    half = int.from_bytes(png[at - 4 : at], "big") // 2
+    return png[: at - 4] + half.to_bytes(4, "big") + png[at : at + 4 + half] + bytes(12)
 
 
 class ClassLabel:
@@ -58,6 +74,11 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def first_batch(dataset: Any, **changes: Any) -> torch.Tensor:
+    config = DataConfig(**{"batch_size": 2, **changes})
+    return next(batches(dataset, config, SHAPE, seed=0)).images
+
+
 def hub(**changes: Any) -> Any:
     return make_dataset(DataConfig(**{"name": "hf_datasets", "path": "saved", "image_size": 8, **changes}))
 
@@ -76,6 +97,28 @@ def test_plain_numbers_are_labels_too(datasets: Any) -> None:
     rows = [{"image": picture(0), "label": 4}, {"image": picture(0), "label": 1}]
     datasets.load_from_disk = lambda path: Rows({"image": ImageFeature(), "label": Value()}, rows)
     assert hub().num_classes == 5
+
+
+def test_an_image_that_its_decoder_gives_up_on_is_named_or_skipped(
+    datasets: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SyntaxError, match="broken PNG file"):
+        Image.open(io.BytesIO(broken())).load()
+    # The library opens images without reading their pixels.
+    rows = [{"image": Image.open(io.BytesIO(png)), "label": 1} for png in (encoded(0), broken())]
+    datasets.load_from_disk = lambda path: Rows({"image": ImageFeature(), "label": ClassLabel()}, rows)
+    with pytest.raises(DataError, match=r"saved, row 1 cannot be read \(broken PNG file"):
+        hub()[1]
+    assert len(first_batch(hub(), on_bad="skip")) == 2
+    (message,) = caplog.messages
+    assert message.startswith("skipped: sample 1 cannot be read: saved, row 1 cannot be read (broken PNG")
+
+
+def test_a_row_with_a_bad_label_is_named(datasets: Any) -> None:
+    rows = [{"image": picture(0), "label": -1}]  # how that library marks what has no label
+    datasets.load_from_disk = lambda path: Rows({"image": ImageFeature(), "label": ClassLabel()}, rows)
+    with pytest.raises(DataError, match=r"sample 0 \(saved, row 0\) has label -1; expected 0 to 9"):
+        first_batch(hub())
 
 
 def test_a_folder_without_images_or_with_splits_is_refused(datasets: Any) -> None:
@@ -135,11 +178,39 @@ def test_shards_are_one_sequence(shards: Path) -> None:
         ({"png": b"", "cls": b"cat"}, r"c\.tar, sample 9 has the label b'cat'; expected a whole number"),
     ],
 )
-def test_a_bad_sample_is_named_or_left_out(shards: Path, sample: dict[str, bytes], message: str) -> None:
+def test_a_bad_sample_is_named_or_left_out(
+    shards: Path, sample: dict[str, bytes], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     shard(shards / "c.tar", {"9": sample})
     with pytest.raises(DataError, match=message):
         sharded(shards)
+    assert not caplog.messages
     assert len(sharded(shards, on_bad="skip")) == 3
+    (said,) = caplog.messages
+    assert said.startswith(f"{shards}: 1 skipped (data.on_bad=skip), the first: ") and re.search(
+        message, said
+    )
+
+
+def test_everything_left_out_is_logged(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard(shards / "c.tar", {"8": {"cls": b"1"}, "9": {"png": b""}})
+    sharded(shards, on_bad="skip")
+    assert caplog.messages == [
+        f"{shards}: 2 skipped (data.on_bad=skip), the first: {shards}/c.tar, sample 9 lacks .cls",
+        f"skipped: {shards}/c.tar, sample 8 lacks an image",
+    ]
+
+
+def test_a_label_outside_the_table_is_named(shards: Path) -> None:
+    shard(shards / "c.tar", {"8": {"png": encoded(0), "cls": b"900000"}})
+    message = (
+        r"c\.tar, 8\.png has label 900000, the data set has 900001 classes; expected at most the model's 10"
+    )
+    with pytest.raises(DataError, match=message):
+        check_fits(sharded(shards), SHAPE)
+    shard(shards / "c.tar", {key: {"png": encoded(0), "cls": b"-1"} for key in "6789"})
+    with pytest.raises(DataError, match=r"sample \d \(.*c\.tar, \d\.png\) has label -1; expected 0 to 9"):
+        first_batch(sharded(shards), batch_size=7)
 
 
 def test_a_bad_image_is_named_when_it_is_read(shards: Path) -> None:

@@ -18,8 +18,11 @@ import torch
 
 from dydit.config import RunConfig
 from dydit.errors import CheckpointError, OutputError
-from dydit.training import TrainResult, checkpoint, run_training
+from dydit.training import TrainResult, checkpoint, loop, run_training
 from dydit.training.checkpoint import Snapshot, load_checkpoint, verify
+from dydit.training.checks import check_same_data
+from dydit.training.data import Digits
+from dydit.training.metrics import MetricsFile
 
 MakeConfig = Callable[..., RunConfig]
 CLOCK = ("images_per_s", "eta_s")  # what no two runs have in common
@@ -163,10 +166,39 @@ def test_kill_9_from_outside(make_config: MakeConfig) -> None:
     assert_same_run(straight, run_training(cfg, resume="auto"))
 
 
+@pytest.mark.parametrize(
+    ("step", "room", "message", "left"),
+    [
+        # After the save at 4, before the one at 8.
+        (5, 20_000, r"checkpoint at step 8 was not saved .*step 4 is intact.*--resume auto", [4]),
+        (
+            4,  # the first log line comes after 5
+            10,
+            r"cannot write \S*metrics\.jsonl: .*last good checkpoint is \S*step-00000004; "
+            "continue with --resume auto",
+            [4],
+        ),
+        (
+            12,  # the last
+            20_000,
+            r"model cannot be written .*last good checkpoint is \S*step-00000012; "
+            "continue with --resume auto",
+            [8, 12],
+        ),
+    ],
+    ids=["checkpoint", "log", "export"],
+)
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path, step: int, room: int, message: str, left: list[int]
 ) -> None:
-    """A limit on the size of files stands in for the disk's end: real writes fail halfway, with EFBIG."""
+    """A limit on the size of files stands in for the disk's end: real writes fail halfway, with EFBIG.
+
+    Args:
+        step: after which the disk is full.
+        room: bytes that a file may have from then on.
+        message: what the run ends with.
+        left: steps of the checkpoints that are there then.
+    """
     straight, cfg = run_training(make_config("straight")), make_config("full")
     told = tmp_path / "told"
     child = os.fork()
@@ -174,22 +206,41 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-            def fill(step: int, _metrics: Any) -> None:
-                if step == 5:  # after the save at 4, before the one at 8
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            def fill(done: int, _metrics: Any) -> None:
+                if done == step:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
 
             run_training(cfg, callback=fill)
         except OutputError as problem:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
             told.write_text(str(problem))
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    message = r"checkpoint at step 8 was not saved .*step 4 is intact.*--resume auto"
     assert re.search(message, told.read_text())
     checkpoints = Path(cfg.output_dir) / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]  # nothing half-written is left
-    assert_same_run(straight, run_training(cfg, resume="auto"))
+    names = sorted(path.name for path in checkpoints.iterdir())  # nothing half-written is left
+    assert names == [checkpoint.checkpoint_name(number) for number in left]
+    resumed = run_training(cfg, resume="auto")
+    assert_same_run(straight, resumed)
+    assert resumed.model_dir is not None and resumed.model_dir.is_dir()
+
+
+def test_a_full_disk_before_the_first_save_of_a_run_from_elsewhere_names_where_it_came_from(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` would start over there."""
+    first = run_training(make_config(train={"steps": 4}))
+
+    def full(*_: Any) -> None:
+        raise OutputError("cannot write")
+
+    monkeypatch.setattr(MetricsFile, "append", full)
+    message = f"last good checkpoint is {first.checkpoint}; continue with --resume {first.checkpoint}"
+    with pytest.raises(OutputError, match=re.escape(message)):
+        run_training(make_config("other", train={"log_every": 1}), resume=str(first.checkpoint))
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over(make_config: MakeConfig) -> None:
@@ -235,13 +286,123 @@ def test_a_checkpoint_of_another_run_is_refused(
         run_training(make_config(train={"steps": 8}, **change), resume="auto")
 
 
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else ``auto`` would return to them, with the lines between missing in the log."""
+    changes = {"train": {"keep_last": 3}}
+    straight, again = run_training(make_config("straight", **changes)), make_config("again", **changes)
+    run_training(again)
+    checkpoints = Path(again.output_dir) / "checkpoints"
+
+    def fail(_step: int, _metrics: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(again, resume=str(checkpoints / "step-00000004"), callback=fail)
+    assert "deleted the checkpoints after it, which are left behind: step 12, 8" in capsys.readouterr().err
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+    assert_same_run(straight, run_training(again, resume="auto"))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_later_ones_alone(make_config: MakeConfig) -> None:
+    run_training(make_config())
+    checkpoints = Path(make_config().output_dir) / "checkpoints"
+    with pytest.raises(CheckpointError, match="made with seed=0"):
+        run_training(make_config(seed=1), resume=str(checkpoints / "step-00000008"))
+    assert len(list(checkpoints.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            ["none"],
+            r"the 2 processes found different checkpoints in \S+: step-00000004 \(\w+\) on 1, none on 1",
+        ),
+        (
+            ["step-00000004 (cafecafe)"] * 3,  # of another run
+            r"the 4 processes .*: step-00000004 \(\w+\) on 1, step-00000004 \(cafecafe\) on 3",
+        ),
+    ],
+)
+def test_processes_that_find_different_checkpoints_are_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, others: list[str], message: str
+) -> None:
+    run_training(make_config(train={"steps": 4}))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "gather_object", lambda seen: [*seen, *others])
+        with pytest.raises(
+            CheckpointError, match=message + "; expected the same one on all; set output_dir to a disk"
+        ):
+            run_training(make_config(train={"steps": 5}), resume="auto")
+        patch.setattr(loop, "gather_object", lambda seen: seen * 2)
+        assert run_training(make_config(train={"steps": 5}), resume="auto").steps == 5
+
+
+def test_a_run_that_only_one_process_has_is_told_to_all(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(make_config(train={"steps": 4}))
+    monkeypatch.setattr(loop, "gather_object", lambda seen: [*seen, "none"])
+    with pytest.raises(
+        CheckpointError, match=r"none \(.* holds a run already, up to step 4.*\) on 1, none on 1"
+    ):
+        run_training(make_config(train={"steps": 4}))
+
+
+def test_another_number_of_samples_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(make_config(train={"steps": 4}))
+    monkeypatch.setattr(Digits, "__len__", lambda _self: 1000)
+    with pytest.raises(
+        CheckpointError, match="made with 1797 samples of data, this run has 1000; set data back"
+    ):
+        run_training(make_config(train={"steps": 5}), resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"name": "shapes"}, r"data\.name=digits, this run has data\.name=shapes"),
+        ({"name": "shapes"}, {"name": "shapes", "seed": 1}, r"data\.seed=0, this run has data\.seed=1"),
+    ],
+)
+def test_other_data_is_refused(
+    make_config: MakeConfig, before: dict[str, Any], now: dict[str, Any], message: str
+) -> None:
+    state = {"config": make_config(data=before).model_dump(mode="json"), "samples": 1797}
+    with pytest.raises(CheckpointError, match=message + "; set data back, or start in another output_dir"):
+        check_same_data(make_config(data=now), 1797, state)
+
+
+def test_a_moved_folder_is_told_and_no_more(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def config(place: str, **changes: Any) -> RunConfig:
+        data = {"name": "latents", "path": f"{place}/data"}
+        return make_config(data=data, backbone=f"{place}/backbone", **changes)
+
+    state = {"config": config("old").model_dump(mode="json")}  # from before the samples were counted
+    check_same_data(config("old"), 5, state)
+    assert not caplog.messages
+    check_same_data(config("new"), 5, state)
+    told = "the checkpoint was made with {0}=old/{1}, this run has {0}=new/{1}: "
+    same = "the results are the same if the files are"
+    assert caplog.messages == [told.format("data.path", "data") + same]
+    caplog.clear()
+    check_same_data(config("new", warmup={"mode": "distill"}), 5, state)
+    assert caplog.messages[1] == told.format("backbone", "backbone") + same
+
+
 def test_a_checkpoint_from_before_a_setting_existed_goes_on(make_config: MakeConfig) -> None:
     """What is new has a default that means what was done before."""
     first = run_training(make_config(train={"steps": 4}))
     assert first.checkpoint is not None
     saved = load_checkpoint(first.checkpoint)
     older = {**saved.state, "config": json.loads(json.dumps(saved.state["config"]))}
-    del older["config"]["dydit"]["nested"]
+    del older["config"]["dydit"]["nested"], older["samples"]
     checkpoint.save_checkpoint(Path(make_config("older").output_dir), Snapshot(4, saved.tensors, older))
     assert run_training(make_config("older", train={"steps": 5}), resume="auto").steps == 5
     with pytest.raises(CheckpointError, match=r"dydit\.nested=False, this run has dydit\.nested=True"):

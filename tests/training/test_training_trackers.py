@@ -97,3 +97,33 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(
     ):
         run_training(cfg)
     assert not (Path(cfg.output_dir) / "metrics.jsonl").exists()
+
+
+def test_runs_of_one_name_are_different_runs_of_wandb(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    class Stand:
+        """In W&B's place."""
+
+        def __init__(self, _project: str, **options: Any) -> None:
+            started.append(options)
+
+        def start(self) -> None: ...
+
+        def store_init_configuration(self, _settings: dict[str, Any]) -> None: ...
+
+        def log(self, _values: dict[str, float], step: int) -> None: ...
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(trackers, "WandBTracker", Stand)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    for name, steps, resume in (("a/run", 1, None), ("b/run", 1, None), ("a/run", 2, "auto")):
+        cfg = make_config(name, train={"steps": steps, "trackers": ["wandb"]})
+        run_training(cfg, resume=resume)
+        assert (Path(cfg.output_dir) / "wandb_id").read_text() == started[-1]["id"] + "\n"
+    assert [options["name"] for options in started] == ["run"] * 3
+    first, second, resumed = [options["id"] for options in started]
+    assert first != second and resumed == first and len(first) == 16

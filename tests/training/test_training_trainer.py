@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from torch import nn
 
 from dydit import convert, load_backbone, load_dydit
 from dydit.config import RunConfig, load_config
+from dydit.config.sections import MAX_SEED
 from dydit.errors import ConfigError, TrainingError
 from dydit.training import Trainer, make_dataset, run_training, train
 from dydit.training.optim import make_ema
@@ -212,6 +214,43 @@ def test_the_warm_up_ends_when_its_steps_are_over(make_config: MakeConfig) -> No
         trainer.step()
         extra.append("loss_complete" in trainer.metrics())
     assert extra == [True, True, False, False]
+
+
+def test_a_warm_up_of_weight_zero_is_off(make_config: MakeConfig) -> None:
+    trainer = make_trainer(make_config(warmup={"mode": "complete", "steps": 6, "weight": 0.0}))
+    trainer.step()
+    assert "loss_complete" not in trainer.metrics()
+
+
+def test_a_backbone_stored_in_half_precision_trains_in_float32(
+    make_config: MakeConfig, backbone_folder: Path, tmp_path: Path
+) -> None:
+    nn.Module.to(load_backbone(backbone_folder), torch.bfloat16).save_pretrained(tmp_path / "half")
+    result = run_training(make_config(backbone=str(tmp_path / "half"), train={"steps": 2}))
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+
+
+def test_float16_on_a_cpu_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"fp16 on a CPU; expected bf16 or no; set it to bf16"):
+        make_trainer(make_config(train={"mixed_precision": "fp16"}))
+
+
+def test_the_largest_seed_there_is(make_config: MakeConfig) -> None:
+    make_trainer(make_config(seed=MAX_SEED)).step()
+
+
+def test_records_of_another_number_of_processes_start_anew(make_config: MakeConfig) -> None:
+    """Means over a window need the same terms on every process: one that was not there before has none."""
+    first, alone, grown = (make_trainer(make_config()) for _ in range(3))
+    first.step()  # no record since: its window is full
+    snapshot = first.snapshot()
+    alone.load(copy.deepcopy(snapshot))
+    snapshot.state["processes"] *= 2
+    grown.load(snapshot)
+    for trainer in (alone, grown):
+        trainer.step()
+    assert torch.equal(*(next(trainer.plain.parameters()) for trainer in (alone, grown)))
+    assert alone.metrics()["loss"] != grown.metrics()["loss"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])

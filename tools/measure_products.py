@@ -1,0 +1,86 @@
+"""Why three products are written as they are: the chosen form against the plain one, in turns, on this CPU.
+
+    python tools/measure_products.py
+
+At the sizes of DiT-XL/2 (D 1152, 16 heads of 72, 256 tokens). Prints how many times as long the plain form
+takes: median and quartiles over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dydit.compute.latency import measure_interleaved, paired_speedup
+from dydit.models.blocks import ModulationLinear
+from dydit.runtime.packing import take
+from dydit.runtime.sliced import self_attention
+
+D, HEADS, HEAD_DIM, GROUPS, TOKENS = 1152, 16, 72, 16, 256
+LAYERS = 10  # so many that their weights do not stay in the cache
+
+Forms = tuple[Callable[[], object], Callable[[], object]]  # plain, chosen
+
+
+def modulation(rows: int) -> Forms:
+    """adaLN's linear layer of a few rows against ``F.linear``."""
+    layers = [ModulationLinear(D, 6 * D).requires_grad_(False) for _ in range(LAYERS)]
+    x = torch.randn(rows, D)
+    return (
+        lambda: [F.linear(x, layer.weight, layer.bias) for layer in layers],
+        lambda: [layer(x) for layer in layers],
+    )
+
+
+def attention(batch: int, heads: int) -> Forms:
+    """Attention in bfloat16 by its products against PyTorch's fused kernel."""
+    q, k, v = torch.randn(3, batch, heads, TOKENS, HEAD_DIM).bfloat16().unbind()
+    return (
+        lambda: F.scaled_dot_product_attention(q, k, v),
+        lambda: self_attention(q, k, v, most_scores=4 * D),
+    )
+
+
+def packing(dtype: torch.dtype) -> Forms:
+    """Half of fc2's columns, cut out group by group, against column by column."""
+    weight, units = torch.randn(D, 4 * D).to(dtype), 4 * D // GROUPS
+    groups = np.arange(0, GROUPS, 2)
+    columns = torch.from_numpy((groups[:, None] * units + np.arange(units)).ravel())
+    return lambda: weight.index_select(1, columns), lambda: take(weight, groups, units, 1)
+
+
+def cases() -> Iterator[tuple[str, Forms]]:
+    """What is measured."""
+    for rows in (2, 4, 8):
+        yield f"modulation, {rows} rows, fp32", modulation(rows)
+    for batch in (2, 8):
+        for heads in (HEADS, HEADS // 2):
+            yield f"attention, batch {batch}, {heads} heads, bf16", attention(batch, heads)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        yield f"packing of columns, {name}", packing(dtype)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name, (plain, chosen) in cases():
+        if isinstance(expected := plain(), Tensor):
+            torch.testing.assert_close(chosen(), expected, rtol=0, atol=0.05)
+        ms = measure_interleaved({"plain": plain, "chosen": chosen}, options.rounds)
+        times = paired_speedup(ms["plain"], ms["chosen"])
+        print(f"{name:34s} {times.median:.2f} ({times.low:.2f} to {times.high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
