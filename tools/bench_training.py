@@ -135,6 +135,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def verdict(measured: float, limit: float) -> str:
+    """Whether a promise is kept."""
+    return "met" if measured <= limit else "missed"
+
+
 def page(found: dict[str, Any]) -> str:
     """The figures as a page."""
     lines = [
@@ -148,7 +153,8 @@ def page(found: dict[str, Any]) -> str:
     for name, ms in found["ms"].items():
         ratio, limit = found["ratio_to_static"].get(name), LIMITS.get(name)
         told = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else "1"
-        lines.append(f"| {name} | {ms['median']:.0f} | {told} | {f'≤ {limit}' if limit else '-'} |")
+        promised = f"≤ {limit}: {verdict(ratio['median'], limit)}" if limit else "-"
+        lines.append(f"| {name} | {ms['median']:.0f} | {told} | {promised} |")
     if found["memory"]:
         plain, saving = found["memory"]["plain"], found["memory"]["checkpointing"]
         lines += [
@@ -156,7 +162,8 @@ def page(found: dict[str, Any]) -> str:
             "| gradient checkpointing | peak MiB | of it before the first step |", "|---|---|---|",
             f"| off | {plain['peak_mib']:.0f} | {plain['before_mib']:.0f} |",
             f"| on | {saving['peak_mib']:.0f} | {saving['before_mib']:.0f} |", "",
-            f"On is {found['memory']['ratio']:.1%} of off; promised: at most {MEMORY_LIMIT:.0%}.",
+            f"On is {found['memory']['ratio']:.1%} of off; promised: at most {MEMORY_LIMIT:.0%}: "
+            f"{verdict(found['memory']['ratio'], MEMORY_LIMIT)}.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

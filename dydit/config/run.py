@@ -66,6 +66,11 @@ class RunConfig(Section):
             raise ConfigError(f"{wanted} is missing for task {self.task}", remedy=f"set {wanted} ({meaning})")
         if getattr(self, other) is not None:
             raise ConfigError(f"{other} is set for task {self.task}", remedy=f"remove {other} or change task")
+        if self.task == "pretrain" and self.train.diffusion_weight == 0:
+            raise ConfigError(
+                "train.diffusion_weight is 0 for task pretrain",
+                expected="more than 0: there is no other loss",
+            )
         return self
 
     @model_validator(mode="after")

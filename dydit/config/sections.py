@@ -196,6 +196,11 @@ class TrainConfig(Section):
         default=None, gt=0, description="largest gradient norm; empty: no clipping"
     )
     grad_accumulation: PositiveInt = Field(default=1, description="batches per optimiser step")
+    diffusion_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="weight of the model's own diffusion loss; 0 leaves it out, finetune only",
+    )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="learning rate after its warm-up"
     )

@@ -50,7 +50,7 @@ class Branches:
     def main(self, objective: Any, batch: NoisyBatch, step: int) -> LossTerms:
         """The loss of the static or dynamic model itself, and everything that shares its forward."""
         if self.cfg.task == "pretrain":
-            return static_terms(self.model, objective, batch)
+            return static_terms(self.model, objective, batch, self.cfg.train.diffusion_weight)
         teaching = self._warming_up("distill", step)
         routing = self.plain.routing_config
         compares = teaching and self.cfg.warmup.feature_weight > 0
@@ -63,6 +63,7 @@ class Branches:
                 self.model, objective, batch,
                 ratio_of=self.ratio,
                 compute=self.cfg.compute,
+                diffusion_weight=self.cfg.train.diffusion_weight,
                 step=step,
                 mean_over_ranks=self.mean_over_ranks,
                 decisiveness=decisiveness_weight(self.cfg.gates, step),

@@ -49,9 +49,10 @@ def diffusion_terms(
     return LossTerms(total, parts)
 
 
-def static_terms(model: Any, objective: Any, batch: NoisyBatch) -> LossTerms:
-    """Diffusion loss of a static model."""
-    return diffusion_terms(objective, model(batch.x_t, batch.t, batch.y), batch)
+def static_terms(model: Any, objective: Any, batch: NoisyBatch, weight: float = 1.0) -> LossTerms:
+    """Diffusion loss of a static model, weighted."""
+    found = diffusion_terms(objective, model(batch.x_t, batch.t, batch.y), batch)
+    return LossTerms(weight * found.total, found.parts)
 
 
 def complete_terms(model: Any, objective: Any, batch: NoisyBatch, warmup: WarmupConfig) -> LossTerms:
@@ -117,7 +118,7 @@ def indecision(logits: RoutingLogits, width_threshold: float = 0.5, token_thresh
 def dynamic_terms(
     model: Any, objective: Any, batch: NoisyBatch, *, ratio_of: Callable[[Any], Tensor],
     compute: ComputeConfig, step: int, mean_over_ranks: MeanOverRanks,
-    decisiveness: float = 0.0, thresholds: tuple[float, float] = (0.5, 0.5),
+    diffusion_weight: float = 1.0, decisiveness: float = 0.0, thresholds: tuple[float, float] = (0.5, 0.5),
     teach: Callable[[Tensor, NoisyBatch], LossTerms] | None = None,
 ) -> LossTerms:  # fmt: skip
     """Diffusion loss of the dynamic model, its compute loss, and what is switched on besides.
@@ -130,6 +131,7 @@ def dynamic_terms(
         compute: target λ, weight, ramp.
         step: optimiser steps done, for the ramp.
         mean_over_ranks: a detached scalar of this process -> its mean over all processes.
+        diffusion_weight: weight of the diffusion loss; 0 leaves it out, though it is logged.
         decisiveness: weight of ``indecision``; 0 leaves it out.
         thresholds: of width and tokens, for ``indecision``.
         teach: (output, batch) -> the warm-up's distance to a teacher, weighted.
@@ -139,7 +141,9 @@ def dynamic_terms(
     ratio = pooled_mean(ratio_of(routing), mean_over_ranks)
     target = ramped_target(step, compute.target, compute.ramp_steps)
     spending = compute_loss(ratio, target)
-    total = diffusion.total + compute.weight * spending
+    total = compute.weight * spending
+    if diffusion_weight > 0:
+        total = diffusion_weight * diffusion.total + total
     parts = {**diffusion.parts, "loss_compute": spending.detach(), "ratio": ratio.detach()}
     if decisiveness > 0:
         undecided = indecision(routing.logits, *thresholds)

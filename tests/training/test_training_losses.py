@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dydit import DyDiT, DyDiTConfig, convert, load_backbone
-from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig, WarmupConfig
+from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig, RunConfig, WarmupConfig
 from dydit.diffusion import make_objective
 from dydit.dynamic.compute_loss import compute_ratio
+from dydit.errors import ConfigError
 from dydit.routing.gates import logit
 from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
@@ -69,6 +70,23 @@ def test_the_loss_is_diffusion_plus_weighted_squared_distance_to_the_target(
     torch.testing.assert_close(found.total, diffusion + 2.0 * (ratio - 0.5) ** 2)
     assert found.parts["ratio"] == ratio and 0.0 < ratio < 1.0
     assert not any(part.requires_grad for part in found.parts.values())
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_the_diffusion_loss_is_weighted_or_left_out(
+    model: DyDiT, batch: NoisyBatch, backbone_folder: Path, weight: float
+) -> None:
+    found = []
+    for options in ({}, {"diffusion_weight": weight}):
+        torch.manual_seed(1)
+        found.append(terms(model, batch, **options))
+    once, weighted = found
+    assert weighted.parts == once.parts and weighted.parts["loss_diffusion"] > 0
+    difference = (weight - 1) * once.parts["loss_diffusion"]
+    torch.testing.assert_close(weighted.total, once.total + difference)
+    static = load_backbone(backbone_folder)
+    plain, scaled = (static_terms(static, OBJECTIVE, batch, w).total for w in (1.0, weight))
+    torch.testing.assert_close(scaled, weight * plain)
 
 
 @pytest.mark.parametrize(("step", "target"), [(0, 1.0), (5, 0.75), (10, 0.5), (1000, 0.5)])
@@ -220,3 +238,11 @@ def test_decisiveness_is_added_with_its_weight(model: DyDiT, batch: NoisyBatch) 
     found = terms(model, batch, decisiveness=0.5)
     torch.testing.assert_close(found.total, plain.total + 0.5 * found.parts["indecision"])
     assert "indecision" not in plain.parts
+
+
+def test_pretraining_without_its_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"diffusion_weight is 0 for task pretrain; expected more than 0"):
+        RunConfig(
+            task="pretrain", output_dir="unused", model={"preset": "DiT-S/2"},
+            train={"steps": 1, "diffusion_weight": 0.0},
+        )  # fmt: skip
