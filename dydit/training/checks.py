@@ -1,18 +1,13 @@
-"""What is refused before training starts, and how accelerate is set up."""
+"""What is refused before training starts."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
-
-from dydit.config import RunConfig, Section, TrainConfig
+from dydit.config import RunConfig, Section
 from dydit.dynamic.compute_loss import minimum_ratio
 from dydit.errors import CheckpointError, ConfigError
 
@@ -21,44 +16,6 @@ FIXED_SECTIONS = ("task", "seed", "model", "dydit", "objective")
 SAMPLES = "samples"  # of the data set, in a checkpoint's state
 
 log = logging.getLogger(__name__)
-
-
-def make_accelerator(train: TrainConfig) -> Accelerator:
-    """accelerate's entry point with our number format and compiler; devices are its launcher's affair.
-
-    Raises:
-        ConfigError: float16 on a CPU, where accelerate would train in float32 without a word.
-    """
-    if AcceleratorState._shared_state and PartialState().num_processes == 1:
-        # accelerate keeps one state per process and refuses a second run with another number format.
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=train.mixed_precision,
-        dynamo_backend="inductor" if train.compile else None,
-    )
-    if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError(
-            "train.mixed_precision fp16 on a CPU",
-            expected="bf16 or no",
-            remedy="set it to bf16, or use a GPU",
-        )
-    _shard_on_cpu(accelerator)
-    return accelerator
-
-
-def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """FSDP for CPU processes too, when the launcher asks for it.
-
-    accelerate's state turns FSDP on for processes with a GPU (or the like) and leaves it out, silently, for
-    CPU ones; torch shards there as well, over gloo. The lines below are those that it runs for a GPU.
-    """
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.device.type == "cpu"
-    # FSDP already: a second run in one process finds what the first one left.
-    if wanted and accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        # Every new AcceleratorState takes it over from there.
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def check_target(model: Any, cfg: RunConfig) -> None:

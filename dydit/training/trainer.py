@@ -17,10 +17,11 @@ from dydit.diffusion import make_objective
 from dydit.dynamic.compute_loss import ramped_target
 from dydit.errors import TrainingError
 from dydit.training import state
+from dydit.training.acceleration import make_accelerator, prepare
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
 from dydit.training.branches import Branches
 from dydit.training.checkpoint import Snapshot
-from dydit.training.checks import check_dropout, check_same_run, check_target, make_accelerator
+from dydit.training.checks import check_dropout, check_same_run, check_target
 from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
 from dydit.training.faults import faulty_router, over_processes
 from dydit.training.losses import LossTerms
@@ -79,7 +80,7 @@ class Trainer:
             if self.accelerator.device.type == "cpu":
                 return_freed_memory()
         model.train()
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, cfg.train))
+        self.model, self.optimizer = prepare(self.accelerator, model, make_optimizer(model, cfg.train))
         self.ema = make_ema(self.model, cfg.train)
         self.branches = Branches(self.accelerator, self.model, model, teacher, cfg)
         self.progress = Progress()

@@ -63,11 +63,13 @@ WARMUPS: dict[str, dict[str, Any]] = {
 KINDS = [(name, kind) for name in WARMUPS for kind in ("ddp", "fsdp")]
 
 
-def settings(make: Callable[..., RunConfig], batch_size: int, warmup: str = "whole") -> RunConfig:
+def settings(
+    make: Callable[..., RunConfig], batch_size: int, warmup: str = "whole", precision: str = "no"
+) -> RunConfig:
     return make(
         f"{warmup}{batch_size}",
         data={"batch_size": batch_size, "flip": True},
-        train={"steps": 10, "clip_norm": None},
+        train={"steps": 10, "clip_norm": None, "mixed_precision": precision},
         warmup={"steps": 2, **WARMUPS[warmup]},
         gates={"decisiveness": 0.1, "final_temperature": 0.5, "anneal_steps": 4},
     )
@@ -77,13 +79,16 @@ def settings(make: Callable[..., RunConfig], batch_size: int, warmup: str = "who
 def runs(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dict[Any, dict[str, Any]]:
     """What ``one_rank.observe`` saw of one process with 16 samples, of DDP and of FSDP with 2 × 8."""
     out = tmp_path_factory.mktemp("distributed")
-    make, files = configs(backbone_folder, out), []
-    for name in WARMUPS:
-        files.append(out / f"{name}.yaml")
-        files[-1].write_text(dump_config(settings(make, 8, name)))
-    launch(Path(one_rank.__file__), [str(out), *map(str, files)])
+    make = configs(backbone_folder, out)
+    cases = {name: settings(make, 8, name) for name in WARMUPS}
+    cases["bf16"] = settings(make, 8, precision="bf16")
+    for name, cfg in cases.items():
+        (out / f"{name}.yaml").write_text(dump_config(cfg))
+    launch(Path(one_rank.__file__), [str(out), *(str(out / f"{name}.yaml") for name in cases)])
     found: dict[Any, dict[str, Any]] = {
-        (name, kind): torch.load(out / f"{name}-{kind}.pt", weights_only=False) for name, kind in KINDS
+        (name, kind): torch.load(out / f"{name}-{kind}.pt", weights_only=False)
+        for name in cases
+        for kind in ("ddp", "fsdp")
     }
     alone = {name: one_rank.observe(settings(make, 16, name)) for name in WARMUPS}
     return {**alone, **found, "out": {"path": out}}
@@ -166,6 +171,22 @@ def test_a_checkpoint_of_two_processes_continues_as_one(
     trainer.load(load_checkpoint(checkpoint))
     trainer.step()
     assert trainer.metrics() == pytest.approx(runs[name]["records"][-1], rel=1e-4, abs=1e-7)
+
+
+def test_bf16_is_autocast_under_fsdp_as_under_ddp(runs: dict[Any, dict[str, Any]]) -> None:
+    ddp, fsdp, full = runs["bf16", "ddp"], runs["bf16", "fsdp"], runs["whole", "fsdp"]
+    assert (ddp["kind"], fsdp["kind"]) == ("DistributedType.MULTI_CPU", "DistributedType.FSDP")
+    for mine, theirs in zip(fsdp["gates"], ddp["gates"], strict=True):
+        for gate, other in zip(mine, theirs, strict=True):
+            assert gate.dtype == torch.float32 and torch.equal(gate, other)
+    for one, two in zip(ddp["records"], fsdp["records"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-7)
+    half, whole = fsdp["records"][0]["loss_mse"], full["records"][0]["loss_mse"]
+    assert half != pytest.approx(whole, rel=1e-5)  # bf16 has 8 bits
+    assert half == pytest.approx(whole, rel=1e-2)
+    for key, gradient in ddp["gradients"].items():
+        assert fsdp["gradients"][key].dtype == torch.float32
+        torch.testing.assert_close(fsdp["gradients"][key], gradient, rtol=1e-4, atol=1e-6)
 
 
 def checkpoint_backbone(checkpoint: Path) -> Path:
