@@ -115,10 +115,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     template: Any = get_optimizer_state_dict(model, optimizer)
     expected = [f"{name}.{key}" for name, moments in template["state"].items() for key in moments]
     _check_names(expected, tensors, "optimizer.safetensors")
-    for name, moments in template["state"].items():
-        for key in moments:
-            moments[key] = tensors[f"{name}.{key}"]
-    set_optimizer_state_dict(model, optimizer, template, options=_SCATTER)
+    # New dictionaries: the template's are the optimiser's own, which FSDP looks up how to cut the tensors up.
+    moments = {
+        name: {key: tensors[f"{name}.{key}"] for key in held} for name, held in template["state"].items()
+    }
+    set_optimizer_state_dict(model, optimizer, {**template, "state": moments}, options=_SCATTER)
 
 
 def unsharded(accelerator: Any, model: Any, kind: Any, ema: EMAModel) -> Any:

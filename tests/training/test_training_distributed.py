@@ -173,6 +173,28 @@ def test_a_checkpoint_of_two_processes_continues_as_one(
     assert trainer.metrics() == pytest.approx(runs[name]["records"][-1], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_checkpoint_continues_to_the_bit_on_as_many_processes(
+    runs: dict[Any, dict[str, Any]], name: str, kind: str
+) -> None:
+    seen = runs[name, kind]
+    resumed = seen["resumed"][kind]
+    assert resumed["record"] == seen["records"][-1]
+    for what, before in (("model", "weights"), ("ema", "ema"), ("optimizer", "optimizer")):
+        assert resumed[what].keys() == seen[before].keys()
+        for key, tensor in seen[before].items():
+            assert torch.equal(resumed[what][key], tensor), (what, key)
+
+
+@pytest.mark.parametrize("name", WARMUPS)
+def test_fsdp_continues_a_checkpoint_of_ddp(runs: dict[Any, dict[str, Any]], name: str) -> None:
+    seen = runs[name, "fsdp"]
+    resumed = seen["resumed"]["ddp"]
+    assert resumed["record"] == pytest.approx(runs[name, "ddp"]["records"][-1], rel=1e-4, abs=1e-7)
+    for key, tensor in runs[name, "ddp"]["weights"].items():
+        torch.testing.assert_close(resumed["model"][key], tensor, rtol=0, atol=ADAM_NOISE)
+
+
 def test_bf16_is_autocast_under_fsdp_as_under_ddp(runs: dict[Any, dict[str, Any]]) -> None:
     ddp, fsdp, full = runs["bf16", "ddp"], runs["bf16", "fsdp"], runs["whole", "fsdp"]
     assert (ddp["kind"], fsdp["kind"]) == ("DistributedType.MULTI_CPU", "DistributedType.FSDP")
