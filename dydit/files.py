@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dydit.errors import OutputError
 
 
@@ -41,7 +43,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Everything in it is synced first. A folder that was there before is replaced whole.
 
     Raises:
-        OutputError: the place cannot be written, or holds something that is not a folder.
+        OutputError: the place, or what the block writes there, cannot be written, or it is a file.
     """
     folder = Path(folder)
     with _output_errors(folder):
@@ -113,8 +115,8 @@ def _umask() -> int:
 def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
         raise OutputError(
-            f"{path} cannot be written ({error.strerror or error})",
-            remedy="choose a folder that exists, is yours and has room",
+            f"{path} cannot be written ({getattr(error, 'strerror', None) or error})",
+            remedy="choose a folder that exists and is yours, or free space",
         ) from error

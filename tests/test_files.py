@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from dydit import files
 from dydit.errors import OutputError
@@ -49,6 +50,13 @@ def test_write_file_says_what_is_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="folder cannot be written"):
         write_file(tmp_path / "folder", "")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_full_disk_in_safetensors_is_told_as_any_other(tmp_path: Path) -> None:
+    message = r"folder cannot be written \(.*No space.*\); .*free space$"
+    with pytest.raises(OutputError, match=message), new_folder(tmp_path / "folder"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert not os.listdir(tmp_path)
 
 
 def test_new_folder_appears_whole(tmp_path: Path) -> None:

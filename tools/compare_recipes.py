@@ -3,7 +3,8 @@
 python tools/compare_recipes.py base= "nested=dydit.nested=true" --out runs/compare --seeds 0 1
 
 A variant is its name, =, and settings as on the command line of ``dydit finetune``, separated by spaces. A
-finished run adds one line to OUT/runs.jsonl; those that are there are not repeated.
+finished run adds one line to OUT/runs.jsonl; those that are there are not repeated. One that was interrupted
+goes on by the same command.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.evaluation.digit_classifier import load_digit_split, train_digit_classifier
 from dydit.evaluation.digit_quality import digit_quality
 from dydit.export.schedule import SubnetSchedule
+from dydit.files import write_file
 from dydit.models.loading import load_backbone
 from dydit.quickstart.measure import QUALITY_BATCH, QUALITY_SAMPLES, Subject
 from dydit.runtime.engine import SubnetEngine
 from dydit.training import make_dataset, train
+from dydit.training.loop import CONFIG_FILE
 
 # Column -> (field of a run's record, how it is written).
 COLUMNS = {
@@ -49,22 +51,19 @@ def run_variant(cfg: RunConfig) -> dict[str, float]:
     backbone = load_backbone(str(cfg.backbone))
     torch.manual_seed(cfg.seed)
     model = convert(backbone, cfg.dydit)
-    start = time.perf_counter()
     trained = train(model, cfg, make_dataset(cfg.data), frozen_backbone=backbone, resume="auto")
     if trained.stopped:
         raise SystemExit("stopped; the same command goes on")
-    logged, seconds = trained.metrics, time.perf_counter() - start
     sampler = make_sampler(cfg.sampler, backbone.shape.learn_sigma)
     schedule = SubnetSchedule.from_model(model, sampler.timesteps, cfg.sampler.model_dump(mode="json"))
     subject = Subject(backbone, model, SubnetEngine(model, schedule), sampler, cfg.seed)
     return {
-        "ratio_train": logged["ratio"],
-        "ratio_eval": logged["ratio_eval"],
+        "ratio_train": trained.metrics["ratio"],
+        "ratio_eval": trained.metrics["ratio_eval"],
         "ratio_deployed": deployed_ratio(subject, model),
         **quality(subject),
         "view_share": schedule.view_share,
         "subnetworks": len(schedule.head_rows),
-        "seconds": seconds,
     }
 
 
@@ -101,6 +100,13 @@ def _cell(values: Sequence[float], text: str) -> str:
     return mean if len(set(each)) == 1 else f"{mean} ({', '.join(each)})"
 
 
+def check_settings(cfg: RunConfig) -> None:
+    """Refuse a folder with a run of other settings: going on, or finished, it would pass for this one."""
+    file = Path(cfg.output_dir) / CONFIG_FILE
+    if file.exists() and load_config(file) != cfg:
+        raise SystemExit(f"{file} has other settings; give the variant another name, or set another --out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="configs/digits.yaml")
@@ -114,16 +120,15 @@ def main() -> None:
     wanted = [variant.partition("=")[::2] for variant in options.variants]
     for seed in options.seeds:
         for name, settings in wanted:
-            if any((run["variant"], run["settings"], run["seed"]) == (name, settings, seed) for run in done):
-                continue
             folder = options.out / f"{name.replace(' ', '-')}-{seed}"
             cfg = load_config(
                 options.config, [*shlex.split(settings), f"seed={seed}", f"output_dir={folder}"]
             )
-            record = {"variant": name, "settings": settings, "seed": seed, **run_variant(cfg)}
-            done.append(record)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            check_settings(cfg)
+            if any((run["variant"], run["settings"], run["seed"]) == (name, settings, seed) for run in done):
+                continue
+            done.append({"variant": name, "settings": settings, "seed": seed, **run_variant(cfg)})
+            write_file(path, "".join(json.dumps(run) + "\n" for run in done))
     print(table([run for run in done if (run["variant"], run["settings"]) in wanted]))
 
 

@@ -94,23 +94,9 @@ def export(
     with new_folder(out) as folder:
         schedule.save(str(folder))
         if saved := with_weights or order:
-            _save(network, folder, out)
+            network.save_pretrained(folder)
         compiled = _deploy(folder, network, schedule, saved, aot_dtype, aot_compile) if aot else ""
     typer.echo("\n".join([*_story(out, schedule, found, views_before), *([compiled] if compiled else [])]))
-
-
-def _save(network: DyDiT, folder: Path, out: Path) -> None:
-    """Write the weights into ``folder``, which becomes ``out``.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        network.save_pretrained(folder)
-    except SafetensorError as problem:  # its way to tell of a full disk
-        raise OutputError(f"{out} cannot be written ({problem})", remedy="free space") from problem
 
 
 def _deploy(

@@ -70,6 +70,7 @@ class RunConfig(Section):
             raise ConfigError(
                 "train.diffusion_weight is 0 for task pretrain",
                 expected="more than 0: there is no other loss",
+                remedy="set it to 1, or leave it out",
             )
         return self
 

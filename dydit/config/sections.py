@@ -160,7 +160,8 @@ class DataConfig(Section):
     )
     flip: bool = Field(default=False, description="mirror half of the images left to right")
     on_bad: Literal["raise", "skip"] = Field(
-        default="raise", description="what to do about an unreadable file"
+        default="raise",
+        description="what to do about an unreadable file, or a label that the model has no class for",
     )
 
     @model_validator(mode="after")

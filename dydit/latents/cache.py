@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dydit.errors import DataError
+from dydit.latents.bad_data import OnBad, log_skipped
 from dydit.latents.manifest import read_manifest
 from dydit.latents.shards import MIRRORED, PLAIN, READ_ERRORS, check_bytes, check_header, read_labels
 
@@ -32,13 +33,17 @@ class CachedLatents:
         path: the cache.
         sample: draw; False: the mean.
         verify: read every shard once and compare its checksum.
+        on_bad: ``raise`` at a shard that is missing, altered or of another shape, or ``skip`` it, which is
+            logged.
 
     Raises:
-        DataError: the cache is not complete, or a shard is missing, altered or of another shape; names it.
-            From ``[]`` and ``redraw`` too, if that happens later.
+        DataError: the cache is not complete or has no shard to read, or ``on_bad`` is raise and one is bad;
+            names it. From ``[]`` and ``redraw`` too, if that happens later.
     """
 
-    def __init__(self, path: str | Path, sample: bool = True, verify: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, sample: bool = True, verify: bool = True, on_bad: OnBad = "raise"
+    ) -> None:
         self.path, self.sample = Path(path), sample
         self.manifest = read_manifest(self.path)
         self.settings = self.manifest.settings
@@ -47,15 +52,25 @@ class CachedLatents:
                 f"{self.path} is not complete: {self.manifest.images} images so far",
                 remedy="run the same `dydit encode` again to finish it",
             )
-        shards = self.manifest.shards
-        for entry in tqdm(shards, "checking latents", unit="shard", leave=False, disable=None):
-            if verify:
-                check_bytes(self.path, entry)
-            check_header(self.path, entry, self.settings)
-        self.labels = torch.cat([read_labels(self.path, entry) for entry in shards])
+        self._shards, labels, skipped = [], [], []
+        for entry in tqdm(self.manifest.shards, "checking latents", unit="shard", leave=False, disable=None):
+            try:
+                if verify:
+                    check_bytes(self.path, entry)
+                check_header(self.path, entry, self.settings)
+                labels.append(read_labels(self.path, entry))
+                self._shards.append(entry)
+            except DataError as problem:
+                if on_bad == "raise":
+                    raise
+                skipped.append(f"{problem}; with it its {len(entry.files)} images")
+        log_skipped(self.path, skipped)
+        if not labels:
+            raise DataError(f"{self.path} has no shard that can be read", remedy="encode it again")
+        self.labels = torch.cat(labels)
         self.num_classes = max(self.manifest.classes.values()) + 1
         self.sample_shape = self.settings.latent_shape
-        self._ends = np.cumsum([len(entry.files) for entry in shards])
+        self._ends = np.cumsum([len(entry.files) for entry in self._shards])
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -81,14 +96,14 @@ class CachedLatents:
     def file_of(self, index: int) -> str:
         """The image that item ``index`` was made from, by its path below the image folder."""
         shard, row = self._place(index % len(self.labels))
-        return self.manifest.shards[shard].files[row]
+        return self._shards[shard].files[row]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # an open file does not cross to a loader process
 
     def _posterior(self, image: int, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
         shard, row = self._place(image)
-        path = self.path / self.manifest.shards[shard].name
+        path = self.path / self._shards[shard].name
         try:
             if shard not in self._open:
                 self._open[shard] = safe_open(path, framework="pt")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError
+from dydit.latents.bad_data import log_skipped
 from dydit.latents.cache import CachedLatents
 from dydit.latents.image_folder import FolderImages, scan_images
-
-log = logging.getLogger(__name__)
 
 
 def image_folder(config: DataConfig) -> FolderImages:
@@ -44,7 +41,7 @@ def latents(config: DataConfig) -> CachedLatents:
             "data.flip is true with data.name latents: a mirrored latent is not that of the mirrored image",
             remedy="encode with --flip, which is used without a setting, and set data.flip=false",
         )
-    cache = CachedLatents(_path(config))
+    cache = CachedLatents(_path(config), on_bad=config.on_bad)
     if config.image_size not in (None, cache.settings.image_size):
         raise ConfigError(
             f"data.image_size is {config.image_size}",
@@ -52,19 +49,6 @@ def latents(config: DataConfig) -> CachedLatents:
             remedy="leave data.image_size empty",
         )
     return cache
-
-
-def log_skipped(path: str | Path, problems: Sequence[str]) -> None:
-    """Warn of everything that ``data.on_bad`` skip left out of a data set, and how much that is.
-
-    Args:
-        path: of the data set.
-        problems: what was left out and why; names the file.
-    """
-    if problems:
-        log.warning("%s: %d skipped (data.on_bad=skip), the first: %s", path, len(problems), problems[0])
-    for problem in problems[1:]:
-        log.warning("skipped: %s", problem)
 
 
 def _path(config: DataConfig) -> Path:

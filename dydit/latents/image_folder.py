@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dydit.errors import DataError
-
-OnBad = Literal["raise", "skip"]
+from dydit.latents.bad_data import OnBad
 
 # torchvision's list, so that a folder means the same here and there.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -161,6 +160,7 @@ class FolderImages:
 
     def __init__(self, folder: ImageFolder, size: int) -> None:
         self.folder, self.size = folder, size
+        self.labels = [file.label for file in folder.files]
         self.num_classes = folder.num_classes
         self.sample_shape = (3, size, size)
 
@@ -168,8 +168,11 @@ class FolderImages:
         return len(self.folder.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file = self.folder.files[index]
-        return to_signed(load_image(self.folder.root / file.name, self.size)), file.label
+        return to_signed(load_image(self.file_of(index), self.size)), self.labels[index]
+
+    def file_of(self, index: int) -> str:
+        """The file of item ``index``."""
+        return str(self.folder.root / self.folder.files[index].name)
 
 
 def _walk(root: Path, name: str, skipped: list[Skipped]) -> Iterator[str]:

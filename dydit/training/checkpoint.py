@@ -56,8 +56,14 @@ class Snapshot:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(run: Path, snapshot: Snapshot) -> Path:
+def save_checkpoint(run: Path, snapshot: Snapshot, source: Path | None = None) -> Path:
     """Write ``snapshot`` into the run folder and point ``latest`` to it.
+
+    Args:
+        run: the run folder.
+        snapshot: the state.
+        source: the last checkpoint that the run was saved in or went on from, perhaps another run's; for the
+            error's remedy.
 
     Returns:
         The checkpoint's folder.
@@ -75,10 +81,12 @@ def save_checkpoint(run: Path, snapshot: Snapshot) -> Path:
             (scratch / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
             _write_manifest(scratch, snapshot.step)
         write_file(run / LATEST, f"{CHECKPOINTS}/{target.name}\n")
-    except (OutputError, SafetensorError) as problem:  # safetensors tells of a full disk in its own way
-        reason = getattr(problem.__cause__, "strerror", None) or problem
+    except OutputError as problem:
+        cause = problem.__cause__ or problem
+        reason = getattr(cause, "strerror", None) or cause
         raise OutputError(
-            f"the checkpoint at step {snapshot.step} was not saved in {run}: {reason}", remedy=_remedy(run)
+            f"the checkpoint at step {snapshot.step} was not saved in {run}: {reason}",
+            remedy=_remedy(run, source),
         ) from problem
     return target
 
@@ -248,13 +256,15 @@ def remove_scratch(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _remedy(run: Path) -> str:
+def _remedy(run: Path, source: Path | None) -> str:
     try:
         newest = _newest_intact(run)
     except CheckpointError:
         newest = None
-    kept = f"the checkpoint at step {int(newest.name.removeprefix('step-'))} is intact: " if newest else ""
-    return f"{kept}free space and use --resume auto"
+    if newest is None:  # auto would find none either
+        return f"free space and use --resume {source or 'auto'}"
+    kept = f"the checkpoint at step {int(newest.name.removeprefix('step-'))} is intact"
+    return f"{kept}: free space and use --resume auto"
 
 
 def _discard(folder: Path) -> None:

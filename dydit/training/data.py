@@ -15,7 +15,7 @@ from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
 from dydit.latents.datasets import image_folder, latents
 from dydit.shapes import ModelShape
-from dydit.training.hub_images import hub_images
+from dydit.training.hub_images import LABEL_LIMIT, hub_images
 from dydit.training.procedural import SHAPES_SIDE, Shapes
 from dydit.training.shards import sharded_images
 from dydit.training.signals import leave_signals_to_parent, sigterm_blocked
@@ -43,7 +43,7 @@ class LabelledImages(Protocol):
 
 @runtime_checkable
 class RedrawnImages(Protocol):
-    """A data set whose items chance has a part in: ``redraw`` gives one as a pure function of its arguments.
+    """A data set whose items differ by epoch: ``redraw`` gives one as a pure function of its arguments.
 
     The trainer asks it with the run's seed and the epoch, so that resuming is exact with any number of loader
     processes.
@@ -116,14 +116,25 @@ def make_dataset(config: DataConfig) -> LabelledImages:
 
     Raises:
         ConfigError: there is no such data set, or its settings do not fit it.
+        DataError: it cannot be read, or a label is not below ``LABEL_LIMIT``.
     """
     if config.name not in DATASETS:
         raise ConfigError(f"data.name is {config.name}", expected="one of " + ", ".join(DATASETS))
-    return DATASETS[config.name](config)
+    dataset = DATASETS[config.name](config)
+    if dataset.num_classes > LABEL_LIMIT:
+        raise DataError(
+            f"{_highest_label(dataset)}{config.path} has {dataset.num_classes} classes",
+            expected=f"labels below {LABEL_LIMIT:,}",
+            remedy="correct the label, or the class map",
+        )
+    return dataset
 
 
-def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
+def check_fits(dataset: LabelledImages, shape: ModelShape, skip_bad: bool = False) -> None:
     """Refuse a data set that the model cannot be trained on.
+
+    Args:
+        skip_bad: a sample whose label the model has no class for is one to skip, in its turn.
 
     Raises:
         DataError: it is empty, its images have another shape, it has more classes than the model, or
@@ -143,18 +154,19 @@ def check_fits(dataset: LabelledImages, shape: ModelShape) -> None:
             f"the data set has {dataset.num_classes} classes",
             expected=f"text tokens ({shape.context_length}, {shape.context_dim}), which the model takes",
         )
-    if dataset.num_classes > shape.num_classes:
+    if dataset.num_classes > shape.num_classes and not skip_bad:
         raise DataError(
             f"{_highest_label(dataset)}the data set has {dataset.num_classes} classes",
             expected=f"at most the model's {shape.num_classes}",
-            remedy="set on_class_mismatch=drop for a fresh label table, or train a model with more classes",
+            remedy="set on_class_mismatch=drop for a fresh label table, train a model with more classes, or "
+            "leave these samples out with data.on_bad=skip",
         )
 
 
 def _highest_label(dataset: LabelledImages) -> str:
     """Whose label it is that gives the data set so many classes, as far as it can tell: it may be stray."""
-    labels = getattr(dataset, "labels", None)
-    if labels is None or not isinstance(dataset, NamedImages):
+    labels = getattr(dataset, "labels", ())
+    if not len(labels) or not isinstance(dataset, NamedImages):
         return ""
     index = int(np.argmax(np.asarray(labels)))
     return f"{dataset.file_of(index)} has label {int(labels[index])}, "

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
+from dydit.latents.bad_data import OnBad
 from dydit.latents.image_folder import centre_crop, to_signed
+
+# Labels must be below it: on_class_mismatch=drop makes a table for the largest, so a stray one could fill the
+# memory. The published sets of images with the most classes have some 200,000.
+LABEL_LIMIT = 1_000_000
 
 
 class HubImages:
@@ -26,6 +31,8 @@ class HubImages:
     Args:
         path: the folder.
         side: of the samples in pixels.
+        on_bad: ``skip`` counts a number in the column ``label`` that is not below ``LABEL_LIMIT`` for no
+            class, so that its row is skipped in its turn.
 
     Raises:
         ConfigError: the library is not installed.
@@ -33,7 +40,7 @@ class HubImages:
             that cannot be read.
     """
 
-    def __init__(self, path: str | Path, side: int) -> None:
+    def __init__(self, path: str | Path, side: int, on_bad: OnBad = "raise") -> None:
         library = _library()
         self.path = path
         try:
@@ -47,7 +54,9 @@ class HubImages:
         self.image = _column(kinds, "Image", "image", path)
         self.label = _column(kinds, "ClassLabel", "label", path)
         named = getattr(features[self.label], "num_classes", None)
-        self.num_classes = int(named if named is not None else max(self.rows[self.label]) + 1)
+        labels = self.rows[self.label] if named is None else ()
+        self.labels = [label if on_bad == "raise" or label < LABEL_LIMIT else -1 for label in labels]
+        self.num_classes = 1 + max(self.labels, default=-1) if named is None else int(named)
         self.side, self.sample_shape = side, (3, side, side)
 
     def __len__(self) -> int:
@@ -67,7 +76,7 @@ class HubImages:
 
 def hub_images(config: DataConfig) -> HubImages:
     """``data.name: hf_datasets``."""
-    return HubImages(str(config.path), pixel_side(config))
+    return HubImages(str(config.path), pixel_side(config), config.on_bad)
 
 
 def pixel_side(config: DataConfig) -> int:

@@ -7,13 +7,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dydit.config import RunConfig, dump_config
@@ -91,8 +91,10 @@ def train(
         loop.open(resume)
         try:
             stopped = loop.run(stop)
-        finally:
-            loop.close()
+        except BaseException:
+            loop.abandon()
+            raise
+        loop.close()
         metrics, checkpoint = loop.record, loop.checkpoint
         steps, is_main = trainer.progress.step, trainer.accelerator.is_main_process
         trained = trainer.close()
@@ -142,16 +144,26 @@ class Loop:
         self._trackers = Trackers(trainer.accelerator, trainer.cfg)
 
     def close(self) -> None:
-        """Flush the trackers."""
+        """Flush the trackers; every process learns whether it worked.
+
+        Raises:
+            OutputError: one could not be written; names the last good checkpoint.
+        """
         if self._trackers is not None:
-            self._trackers.finish()
+            self._write(self._trackers.finish)
+
+    def abandon(self) -> None:
+        """Flush the trackers as far as they can be: an error is on its way that is not to be hidden."""
+        if self._trackers is not None:
+            with suppress(OutputError):
+                self._trackers.finish()
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step; returns whether the run was stopped before it.
 
         Raises:
             TrainingError: the loss stayed non-finite.
-            OutputError: a log line or a checkpoint could not be written.
+            OutputError: a log line, a tracker's record or a checkpoint could not be written.
 
         Both name the last good checkpoint.
         """
@@ -190,14 +202,17 @@ class Loop:
         record["images_per_s"] = done * self.trainer.global_batch / seconds
         record["eta_s"] = left * seconds / done
         self.record = record
-        self._write(lambda: self.file.append(record))
-        if self._trackers is not None:
-            self._trackers.log(record)
+        self._write(lambda: self._publish(record))
         self._restart_clock()
         if bar.disable:
             _say(one_line(record), self.is_main)
         else:
             bar.write(one_line(record), file=sys.stderr)
+
+    def _publish(self, record: Mapping[str, float]) -> None:
+        self.file.append(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
 
     def save(self) -> Path:
         """Checkpoint now; every process learns whether it worked.
@@ -210,7 +225,7 @@ class Loop:
         train = self.trainer.cfg.train
 
         def write() -> Path:
-            folder = save_checkpoint(self.run_folder, snapshot)
+            folder = save_checkpoint(self.run_folder, snapshot, self.checkpoint)
             prune(self.run_folder, snapshot.step, train.keep_last, train.keep_every)
             return folder
 
@@ -309,10 +324,7 @@ def export_model(model: Any, folder: Path, dtype: str = "float32") -> Path:
     if any(p.dtype != wanted for p in model.parameters()):
         model = copy.deepcopy(model).to(wanted)
     with new_folder(folder) as scratch, computed_left_out(model):
-        try:
-            model.save_pretrained(scratch)
-        except SafetensorError as problem:  # its way to tell of a full disk
-            raise OutputError(f"{folder} cannot be written ({problem})", remedy="free space") from problem
+        model.save_pretrained(scratch)
     return folder
 
 

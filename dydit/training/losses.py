@@ -131,7 +131,7 @@ def dynamic_terms(
         compute: target λ, weight, ramp.
         step: optimiser steps done, for the ramp.
         mean_over_ranks: a detached scalar of this process -> its mean over all processes.
-        diffusion_weight: weight of the diffusion loss; 0 leaves it out, though it is logged.
+        diffusion_weight: weight of the diffusion loss; at 0 it is only logged.
         decisiveness: weight of ``indecision``; 0 leaves it out.
         thresholds: of width and tokens, for ``indecision``.
         teach: (output, batch) -> the warm-up's distance to a teacher, weighted.
@@ -141,9 +141,8 @@ def dynamic_terms(
     ratio = pooled_mean(ratio_of(routing), mean_over_ranks)
     target = ramped_target(step, compute.target, compute.ramp_steps)
     spending = compute_loss(ratio, target)
-    total = compute.weight * spending
-    if diffusion_weight > 0:
-        total = diffusion_weight * diffusion.total + total
+    # At weight 0 too: every weight has a gradient then, which DDP and the optimiser's state want.
+    total = diffusion_weight * diffusion.total + compute.weight * spending
     parts = {**diffusion.parts, "loss_compute": spending.detach(), "ratio": ratio.detach()}
     if decisiveness > 0:
         undecided = indecision(routing.logits, *thresholds)

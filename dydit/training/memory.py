@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,31 +38,40 @@ class StateMemory:
         gradients: of what is trained.
         moments: AdamW's two.
         averages: the EMA on the model's device; 0 where it lies on the CPU.
+        teacher: the frozen backbone's weights, which every process has whole; 0 without one.
     """
 
     weights: int
     gradients: int
     moments: int
     averages: int
+    teacher: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.moments + self.averages
+        return self.weights + self.gradients + self.moments + self.averages + self.teacher
 
 
-def state_memory(model: nn.Module, train: TrainConfig, shards: int = 1) -> StateMemory:
+def state_memory(
+    model: nn.Module, train: TrainConfig, shards: int = 1, teacher: nn.Module | None = None
+) -> StateMemory:
     """Memory of a model's training state on one process.
 
     Args:
         model: as it is before it is wrapped.
         train: says where the averages lie.
         shards: processes that FSDP cuts the state up over; 1 without it.
+        teacher: the frozen backbone of a distillation.
     """
     everything = sum(p.numel() for p in model.parameters()) * FLOAT32_BYTES // shards
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT32_BYTES // shards
     return StateMemory(
-        everything, trained, ADAM_MOMENTS * trained, everything if train.ema_device == "model" else 0
+        weights=everything,
+        gradients=trained,
+        moments=ADAM_MOMENTS * trained,
+        averages=everything if train.ema_device == "model" else 0,
+        teacher=0 if teacher is None else sum(p.nbytes for p in teacher.parameters()),
     )
 
 
@@ -127,7 +136,5 @@ class SavedForBackward:
 
 def describe_state(memory: StateMemory) -> str:
     """One line: the parts and their sum."""
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
-    parts["averages"] = memory.averages
-    told = " + ".join(f"{name} {size / MIB:.1f}" for name, size in parts.items())
+    told = " + ".join(f"{name} {size / MIB:.1f}" for name, size in asdict(memory).items() if size)
     return f"memory per process: {told} = {memory.total / MIB:.1f} MiB, and activations"

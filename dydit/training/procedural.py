@@ -1,7 +1,8 @@
 """``shapes``: drawn images without end, so that spatial routing has something to learn without a download.
 
 One shape on a textured ground: the ground is the same kind of thing everywhere, the shape's outline is where
-detail is needed. An image is a pure function of (seed, index), so nothing is stored and any position resumes.
+detail is needed. An image is a pure function of seed, index and epoch, so nothing is stored and any position
+resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 Field = NDArray[np.floating[Any]]
 
 SHAPES_SIDE = 32
-# Images in an epoch. They do not repeat before; more would only make the order of an epoch larger in memory.
+# Images in an epoch; those of the next one are others.
 SHAPES_PER_EPOCH = 1 << 20
 LEAST_CONTRAST = 0.6  # distance of the two colours in [-1, 1]³, so that every shape can be seen
 WAVES = 3  # plane waves in a texture
@@ -92,6 +93,10 @@ class Shapes:
         rng = np.random.default_rng((self.seed, index))
         label = int(rng.integers(self.num_classes))
         return torch.from_numpy(draw_shape(list(SHAPES)[label], self.side, rng)), label
+
+    def redraw(self, index: int, _seed: int, epoch: int) -> tuple[Tensor, int]:
+        """Item ``index`` of an epoch: none ever comes twice."""
+        return self[index + epoch * len(self)]
 
 
 def draw_shape(name: str, side: int, rng: np.random.Generator) -> Field:

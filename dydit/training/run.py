@@ -71,11 +71,12 @@ def build_model(cfg: RunConfig, num_classes: int) -> tuple[Any, Any]:
     return convert(backbone, cfg.dydit, copy=distils), backbone if distils else None
 
 
-def describe(model: Any, cfg: RunConfig, shards: int = 1) -> str:
+def describe(model: Any, cfg: RunConfig, shards: int = 1, teacher: Any = None) -> str:
     """The resolved configuration, the parameter counts, the compute and the memory of a run, as text.
 
     Args:
         shards: processes that FSDP cuts the state up over; 1 without it.
+        teacher: the frozen backbone of a distillation.
     """
     parameters = sum(p.numel() for p in model.parameters())
     gmacs = static_macs(model.shape) / 1e9
@@ -86,7 +87,7 @@ def describe(model: Any, cfg: RunConfig, shards: int = 1) -> str:
     if cfg.task == "finetune":
         wanted = gmacs * cfg.compute.target
         lines.append(f"target {cfg.compute.target:g}: {wanted:.6g} GMACs = {2 * wanted:.6g} GFLOPs")
-    lines.append(describe_state(state_memory(model, cfg.train, shards)))
+    lines.append(describe_state(state_memory(model, cfg.train, shards, teacher)))
     return "\n".join(lines)
 
 
@@ -97,7 +98,7 @@ def _try_one_step(model: Any, cfg: RunConfig, dataset: LabelledImages, backbone:
         accelerator = trainer.accelerator
         if accelerator.is_main_process:
             sharded = accelerator.distributed_type == DistributedType.FSDP
-            print(describe(trainer.plain, cfg, accelerator.num_processes if sharded else 1))
+            print(describe(trainer.plain, cfg, accelerator.num_processes if sharded else 1, backbone))
         with SavedForBackward(trainer.plain) as saved:
             trainer.step()
         record = trainer.metrics()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from dydit.config import DataConfig
 from dydit.errors import DataError
-from dydit.latents.datasets import log_skipped
-from dydit.latents.image_folder import IMAGE_ENDINGS, OnBad
-from dydit.training.hub_images import pixel_side, square
+from dydit.latents.bad_data import OnBad, log_skipped
+from dydit.latents.image_folder import IMAGE_ENDINGS
+from dydit.training.hub_images import LABEL_LIMIT, pixel_side, square
 
 LABEL_ENDING = ".cls"
 
@@ -44,8 +45,8 @@ class ShardedImages:
     Args:
         path: a folder of shards ``*.tar``; their order is that of their names.
         side: of the samples in pixels.
-        on_bad: ``raise`` at a shard that is broken or a sample without image or label, or ``skip`` them,
-            which logs each.
+        on_bad: ``raise`` at a shard that is broken, a sample without image or label, or a label that is not
+            below ``LABEL_LIMIT``; or ``skip`` them, which logs each.
 
     Raises:
         DataError: there are no shards or no samples, or ``on_bad`` is raise and something is bad; from
@@ -63,7 +64,7 @@ class ShardedImages:
                 if isinstance(found, ShardSample):
                     self.samples.append(found)
                 elif on_bad == "raise":
-                    raise found
+                    raise DataError(str(found), remedy="repair it, or set data.on_bad=skip")
                 else:
                     skipped.append(str(found))
         log_skipped(path, skipped)
@@ -101,32 +102,39 @@ def sharded_images(config: DataConfig) -> ShardedImages:
 
 def read_index(shard: Path) -> Iterator[ShardSample | DataError]:
     """The samples of one shard, and an error in the place of each bad one."""
-    images: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, bytes] = {}
     try:
         with tarfile.open(shard) as archive:
             for member in archive:
                 key = _key(member.name)
                 if member.isfile() and member.name.lower().endswith(IMAGE_ENDINGS):
-                    images[key] = member
+                    images.setdefault(key, []).append(member)
                 elif member.isfile() and member.name.endswith(LABEL_ENDING):
                     content = archive.extractfile(member)
                     labels[key] = content.read() if content else b""
     except (OSError, tarfile.TarError) as problem:
         yield DataError(f"{shard} cannot be read ({problem})")
     for key in dict.fromkeys([*images, *labels]):
-        yield _sample(shard, key, images.get(key), labels.get(key))
+        yield _sample(shard, key, images.get(key, []), labels.get(key))
 
 
 def _sample(
-    shard: Path, key: str, image: tarfile.TarInfo | None, label: bytes | None
+    shard: Path, key: str, images: list[tarfile.TarInfo], label: bytes | None
 ) -> ShardSample | DataError:
-    if image is None or label is None:
-        return DataError(f"{shard}, sample {key} lacks {'an image' if image is None else LABEL_ENDING}")
-    try:
-        return ShardSample(shard, image.name, image.offset_data, image.size, int(label))
-    except ValueError:
-        return DataError(f"{shard}, sample {key} has the label {label[:20]!r}", expected="a whole number")
+    if not images or label is None:
+        return DataError(f"{shard}, sample {key} lacks {LABEL_ENDING if images else 'an image'}")
+    if len(images) > 1:
+        names = " and ".join(image.name for image in images)
+        return DataError(f"{shard}, sample {key} has the images {names}", expected="one")
+    (image,) = images
+    with suppress(ValueError):
+        if (number := int(label)) < LABEL_LIMIT:
+            return ShardSample(shard, image.name, image.offset_data, image.size, number)
+    return DataError(
+        f"{shard}, sample {key} has the label {label[:20]!r}",
+        expected=f"a whole number below {LABEL_LIMIT:,}",
+    )
 
 
 def _key(name: str) -> str:

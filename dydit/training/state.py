@@ -116,7 +116,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     expected = [f"{name}.{key}" for name, moments in template["state"].items() for key in moments]
     _check_names(expected, tensors, "optimizer.safetensors")
     # New dictionaries: the template's are the optimiser's own, which FSDP looks up how to cut the tensors up.
-    moments = {
+    moments: Any = {
         name: {key: tensors[f"{name}.{key}"] for key in held} for name, held in template["state"].items()
     }
     set_optimizer_state_dict(model, optimizer, {**template, "state": moments}, options=_SCATTER)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from dydit.config import RunConfig
-from dydit.errors import ConfigError
+from dydit.errors import ConfigError, OutputError
 from dydit.files import write_file
 
 # Tracker -> modules of which one must be there.
@@ -41,10 +42,13 @@ class Trackers:
     Args:
         accelerator: says which process this is.
         cfg: the run; its settings become the tracker's.
+
+    Raises:
+        OutputError: from every method, when a tracker cannot write.
     """
 
     def __init__(self, accelerator: Accelerator, cfg: RunConfig) -> None:
-        self.trackers: list[GeneralTracker] = []
+        self.trackers: dict[str, GeneralTracker] = {}
         if not accelerator.is_main_process:
             return
         run = Path(cfg.output_dir)
@@ -56,20 +60,34 @@ class Trackers:
             else:
                 # One run of theirs for one of ours: resuming goes on in it.
                 tracker = WandBTracker("dydit", name=run.name, dir=str(run), id=wandb_id(run), resume="allow")
-            tracker.start()
-            tracker.store_init_configuration(settings)
-            self.trackers.append(tracker)
+            with _output_errors(name):
+                tracker.start()
+                tracker.store_init_configuration(settings)
+            self.trackers[name] = tracker
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send one record; values that are not finite are left out."""
         values = {name: value for name, value in record.items() if name != "step" and math.isfinite(value)}
-        for tracker in self.trackers:
-            tracker.log(values, step=int(record["step"]))
+        for name, tracker in self.trackers.items():
+            with _output_errors(name):
+                tracker.log(values, step=int(record["step"]))
 
     def finish(self) -> None:
         """Flush and close."""
-        for tracker in self.trackers:
-            tracker.finish()
+        for name, tracker in self.trackers.items():
+            with _output_errors(name):
+                tracker.finish()
+
+
+@contextmanager
+def _output_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise OutputError(
+            f"tracker {name} cannot write: {problem.strerror or problem}",
+            remedy="free space, or remove it from train.trackers",
+        ) from problem
 
 
 def wandb_id(run: Path) -> str:

@@ -67,7 +67,7 @@ class Trainer:
     """
 
     def __init__(self, model: Any, cfg: RunConfig, dataset: LabelledImages, teacher: Any = None) -> None:
-        check_fits(dataset, model.shape)
+        check_fits(dataset, model.shape, cfg.data.on_bad == "skip")
         check_dropout(model, cfg)
         if cfg.task == "finetune":
             check_target(model, cfg)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -375,6 +376,29 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, text: str | None, message:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=rf"manifest\.json:? {message}"):
         CachedLatents(tmp_path)
+
+
+def test_a_damaged_shard_is_left_out_where_that_is_asked_for(
+    encode: Encode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode(flip=True)
+    path = tmp_path / "cache" / "shard-00001.safetensors"
+    whole = CachedLatents(tmp_path / "cache", sample=False)
+    path.write_bytes(path.read_bytes()[:-1])
+    config = DataConfig(name="latents", path=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors has \d+ bytes"):
+        make_dataset(config)
+    cache = make_dataset(config.model_copy(update={"on_bad": "skip"}))
+    assert isinstance(cache, CachedLatents) and len(cache) == 2 * 4
+    assert [cache.file_of(i) for i in range(4)] == [whole.file_of(i) for i in (0, 1, 2, 6)]
+    cache.sample = False
+    for here, there in ((3, 6), (4 + 3, 7 + 6)):  # the mirrored ones come after all others
+        assert torch.equal(cache[here][0], whole[there][0]) and cache[here][1] == whole[there][1]
+    assert re.search(r"1 skipped \(data.on_bad=skip\).*shard-00001.*its 3 images", caplog.text)
+    for shard in (tmp_path / "cache").glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(DataError, match=r"has no shard that can be read; encode it again"):
+        CachedLatents(tmp_path / "cache", on_bad="skip")
 
 
 def test_a_manifest_names_only_files_beside_it(encode: Encode, tmp_path: Path) -> None:

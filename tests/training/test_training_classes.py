@@ -13,7 +13,7 @@ from dydit.config import RunConfig
 from dydit.errors import DataError
 from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone
-from dydit.training import run_training
+from dydit.training import run, run_training
 
 MakeConfig = Callable[..., RunConfig]
 SHORT = {"train": {"steps": 2}}
@@ -46,6 +46,21 @@ def test_drop_trains_with_a_fresh_table_for_the_classes_of_the_data(
     result = run_training(make_config(backbone=seven_classes, on_class_mismatch="drop", **SHORT))
     assert result.model.shape.num_classes == result.model.null_label == 10
     assert len(table(result.model.backbone)) == 11
+
+
+def test_drop_makes_no_table_for_a_stray_label(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a class map, here, of which nobody but the data set knows."""
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"")
+    (tmp_path / "data" / "classes.json").write_text('{"cat": 1000000000}')
+    monkeypatch.setattr(run, "load_backbone", None)  # not even called
+    data = {"name": "image_folder", "path": str(tmp_path / "data"), "image_size": 8}
+    with pytest.raises(
+        DataError, match=r"data has 1000000001 classes; expected labels below 1,000,000; correct"
+    ):
+        run_training(make_config(on_class_mismatch="drop", data=data))
 
 
 @pytest.mark.parametrize("choice", ["keep", "drop"])

@@ -64,12 +64,12 @@ KINDS = [(name, kind) for name in WARMUPS for kind in ("ddp", "fsdp")]
 
 
 def settings(
-    make: Callable[..., RunConfig], batch_size: int, warmup: str = "whole", precision: str = "no"
+    make: Callable[..., RunConfig], batch_size: int, warmup: str = "whole", **train: Any
 ) -> RunConfig:
     return make(
         f"{warmup}{batch_size}",
         data={"batch_size": batch_size, "flip": True},
-        train={"steps": 10, "clip_norm": None, "mixed_precision": precision},
+        train={"steps": 10, "clip_norm": None, **train},
         warmup={"steps": 2, **WARMUPS[warmup]},
         gates={"decisiveness": 0.1, "final_temperature": 0.5, "anneal_steps": 4},
     )
@@ -81,7 +81,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dic
     out = tmp_path_factory.mktemp("distributed")
     make = configs(backbone_folder, out)
     cases = {name: settings(make, 8, name) for name in WARMUPS}
-    cases["bf16"] = settings(make, 8, precision="bf16")
+    cases["bf16"] = settings(make, 8, mixed_precision="bf16")
+    cases["compute"] = settings(make, 8, diffusion_weight=0.0)
     for name, cfg in cases.items():
         (out / f"{name}.yaml").write_text(dump_config(cfg))
     launch(Path(one_rank.__file__), [str(out), *(str(out / f"{name}.yaml") for name in cases)])
@@ -209,6 +210,13 @@ def test_bf16_is_autocast_under_fsdp_as_under_ddp(runs: dict[Any, dict[str, Any]
     for key, gradient in ddp["gradients"].items():
         assert fsdp["gradients"][key].dtype == torch.float32
         torch.testing.assert_close(fsdp["gradients"][key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_compute_loss_alone_trains_on_two_processes(runs: dict[Any, dict[str, Any]]) -> None:
+    ddp, fsdp = runs["compute", "ddp"]["records"], runs["compute", "fsdp"]["records"]
+    for one, two in zip(ddp, fsdp, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-7)
+    assert ddp[0]["skipped"] == 0 and "loss_complete" in ddp[1] and "loss_complete" not in ddp[2]
 
 
 def checkpoint_backbone(checkpoint: Path) -> Path:

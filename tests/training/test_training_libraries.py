@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from dydit.config import DataConfig
@@ -121,6 +122,20 @@ def test_a_row_with_a_bad_label_is_named(datasets: Any) -> None:
         first_batch(hub())
 
 
+def test_a_row_with_a_label_that_no_table_has_room_for_is_named_or_skipped(
+    datasets: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"image": picture(0), "label": label} for label in (4, 10**9)]
+    datasets.load_from_disk = lambda path: Rows({"image": ImageFeature(), "label": Value()}, rows)
+    with pytest.raises(
+        DataError, match=r"saved, row 1 has label 1000000000, .*labels below 1,000,000; correct"
+    ):
+        hub()
+    assert hub(on_bad="skip").num_classes == 5
+    assert len(first_batch(hub(on_bad="skip"), on_bad="skip")) == 2
+    assert caplog.messages == ["skipped: sample 1 (saved, row 1) has label 1000000000; expected 0 to 9"]
+
+
 def test_a_folder_without_images_or_with_splits_is_refused(datasets: Any) -> None:
     datasets.load_from_disk = lambda path: Rows({"text": Value()}, [])
     with pytest.raises(DataError, match="saved has the columns text; expected one of type Image"):
@@ -176,13 +191,17 @@ def test_shards_are_one_sequence(shards: Path) -> None:
         ({"png": b""}, r"c\.tar, sample 9 lacks \.cls"),
         ({"cls": b"1"}, r"c\.tar, sample 9 lacks an image"),
         ({"png": b"", "cls": b"cat"}, r"c\.tar, sample 9 has the label b'cat'; expected a whole number"),
+        (
+            {"png": b"", "cls": b"1000000000"},  # a table of so many rows fills the memory
+            r"c\.tar, sample 9 has the label b'1000000000'; expected a whole number below 1,000,000",
+        ),
     ],
 )
 def test_a_bad_sample_is_named_or_left_out(
     shards: Path, sample: dict[str, bytes], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard(shards / "c.tar", {"9": sample})
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message + ".*; repair it, or set data.on_bad=skip"):
         sharded(shards)
     assert not caplog.messages
     assert len(sharded(shards, on_bad="skip")) == 3
@@ -201,6 +220,21 @@ def test_everything_left_out_is_logged(shards: Path, caplog: pytest.LogCaptureFi
     ]
 
 
+def test_what_the_webdataset_library_writes_reads_as_it_reads_it(tmp_path: Path) -> None:
+    with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=3, verbose=0) as writer:
+        for i in range(8):
+            writer.write({"__key__": f"train/{i:05}", "png": picture(30 * i), "cls": 7 - i})
+    found = sharded(tmp_path)
+    theirs = webdataset.WebDataset(
+        sorted(map(str, tmp_path.glob("*.tar"))), shardshuffle=False, empty_check=False
+    )
+    pairs = list(theirs.decode("torchrgb8").to_tuple("png", "cls"))
+    assert len(found) == len(pairs) == 8
+    for (ours, label), (pixels, expected) in zip(found, pairs, strict=True):
+        assert label == expected
+        torch.testing.assert_close(ours, torch.full_like(ours, float(pixels[0, 0, 0]) / 127.5 - 1))
+
+
 def test_a_label_outside_the_table_is_named(shards: Path) -> None:
     shard(shards / "c.tar", {"8": {"png": encoded(0), "cls": b"900000"}})
     message = (
@@ -211,6 +245,22 @@ def test_a_label_outside_the_table_is_named(shards: Path) -> None:
     shard(shards / "c.tar", {key: {"png": encoded(0), "cls": b"-1"} for key in "6789"})
     with pytest.raises(DataError, match=r"sample \d \(.*c\.tar, \d\.png\) has label -1; expected 0 to 9"):
         first_batch(sharded(shards), batch_size=7)
+
+
+def test_a_label_outside_the_table_is_skipped_in_its_turn(shards: Path) -> None:
+    shard(shards / "c.tar", {"8": {"png": encoded(0), "cls": b"900"}})
+    found = sharded(shards, on_bad="skip")
+    check_fits(found, SHAPE, skip_bad=True)
+    assert found.num_classes == 901 and len(first_batch(found, on_bad="skip", batch_size=4)) == 4
+
+
+def test_a_second_image_of_a_sample_is_named(shards: Path) -> None:
+    shard(shards / "c.tar", {"8": {"png": encoded(0), "seg.png": encoded(1), "cls": b"1"}})
+    with pytest.raises(
+        DataError, match=r"c\.tar, sample 8 has the images 8\.png and 8\.seg\.png; expected one"
+    ):
+        sharded(shards)
+    assert len(sharded(shards, on_bad="skip")) == 3
 
 
 def test_a_bad_image_is_named_when_it_is_read(shards: Path) -> None:

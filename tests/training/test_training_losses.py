@@ -84,6 +84,8 @@ def test_the_diffusion_loss_is_weighted_or_left_out(
     assert weighted.parts == once.parts and weighted.parts["loss_diffusion"] > 0
     difference = (weight - 1) * once.parts["loss_diffusion"]
     torch.testing.assert_close(weighted.total, once.total + difference)
+    weighted.total.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP wants it
     static = load_backbone(backbone_folder)
     plain, scaled = (static_terms(static, OBJECTIVE, batch, w).total for w in (1.0, weight))
     torch.testing.assert_close(scaled, weight * plain)
@@ -241,7 +243,10 @@ def test_decisiveness_is_added_with_its_weight(model: DyDiT, batch: NoisyBatch) 
 
 
 def test_pretraining_without_its_loss_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"diffusion_weight is 0 for task pretrain; expected more than 0"):
+    message = (
+        r"diffusion_weight is 0 for task pretrain; expected more than 0: .*; set it to 1, or leave it out"
+    )
+    with pytest.raises(ConfigError, match=message):
         RunConfig(
             task="pretrain", output_dir="unused", model={"preset": "DiT-S/2"},
             train={"steps": 1, "diffusion_weight": 0.0},

@@ -15,6 +15,8 @@ def test_the_state_is_counted_in_bytes_of_float32() -> None:
     memory = state_memory(model, TrainConfig(steps=1))
     assert (memory.weights, memory.gradients, memory.moments, memory.averages) == (264, 240, 480, 264)
     assert state_memory(model, TrainConfig(steps=1, ema_device="cpu")).averages == 0
+    taught = state_memory(model, TrainConfig(steps=1), shards=2, teacher=nn.Linear(1, 1))
+    assert (taught.weights, taught.teacher, taught.total) == (132, 8, 132 + 120 + 240 + 132 + 8)
     assert "weights 0.0 + gradients 0.0" in describe_state(memory)
 
 

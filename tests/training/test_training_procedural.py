@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dydit.config import DataConfig
-from dydit.training.data import make_dataset
+from dydit.models.dit import DiT
+from dydit.training.data import CheckedSamples, GoodSample, Visit, make_dataset
 from dydit.training.procedural import SHAPES, Shapes, draw_shape
 
 
@@ -26,6 +27,13 @@ def test_images_are_in_range_and_have_texture_and_every_class_comes() -> None:
     assert stack.min() >= -1 and stack.max() <= 1 and stack.std(dim=(2, 3)).min() > 0.01
     assert set(labels) == set(range(10)) and shapes.num_classes == 10
     assert len(shapes) > 1_000_000
+
+
+def test_no_image_comes_again_in_the_next_epoch() -> None:
+    shape = DiT(sample_size=32, patch_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2).shape
+    first, second = (CheckedSamples(Shapes(), shape)[Visit(3, epoch)] for epoch in (0, 1))
+    assert isinstance(first, GoodSample) and isinstance(second, GoodSample)
+    assert torch.equal(first.image, Shapes()[3][0]) and not torch.equal(first.image, second.image)
 
 
 @pytest.mark.parametrize("name", SHAPES)

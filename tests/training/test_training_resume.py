@@ -73,8 +73,9 @@ def records(result: TrainResult) -> list[dict[str, float]]:
             "objective": {"name": "flow"},
             "sampler": {"name": "flow_euler"},
         },
+        {"train": {"diffusion_weight": 0.0}, "warmup": {"mode": "none"}},
     ],
-    ids=["complete", "distill-flow-accumulate"],
+    ids=["complete", "distill-flow-accumulate", "compute-alone"],
 )
 def test_sigterm_and_resume_equals_a_straight_run(make_config: MakeConfig, changes: dict[str, Any]) -> None:
     straight = run_training(make_config("straight", **changes))
@@ -228,19 +229,27 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(
     assert resumed.model_dir is not None and resumed.model_dir.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "message"),
+    [
+        (MetricsFile, "append", "last good checkpoint is {0}; continue with --resume {0}"),
+        (checkpoint, "save_file", "step 8 was not saved in {1}: full; free space and use --resume {0}"),
+    ],
+    ids=["log", "checkpoint"],
+)
 def test_a_full_disk_before_the_first_save_of_a_run_from_elsewhere_names_where_it_came_from(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, message: str
 ) -> None:
     """``auto`` would start over there."""
-    first = run_training(make_config(train={"steps": 4}))
+    first, cfg = run_training(make_config(train={"steps": 4})), make_config("other", train={"log_every": 2})
 
     def full(*_: Any) -> None:
-        raise OutputError("cannot write")
+        raise OutputError("full")
 
-    monkeypatch.setattr(MetricsFile, "append", full)
-    message = f"last good checkpoint is {first.checkpoint}; continue with --resume {first.checkpoint}"
-    with pytest.raises(OutputError, match=re.escape(message)):
-        run_training(make_config("other", train={"log_every": 1}), resume=str(first.checkpoint))
+    monkeypatch.setattr(place, name, full)
+    told = message.format(first.checkpoint, cfg.output_dir)
+    with pytest.raises(OutputError, match=re.escape(told) + "$"):
+        run_training(cfg, resume=str(first.checkpoint))
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over(make_config: MakeConfig) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import resource
+import signal
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -14,7 +19,7 @@ import pytest
 import yaml
 
 from dydit.config import RunConfig
-from dydit.errors import ConfigError
+from dydit.errors import ConfigError, OutputError
 from dydit.training import run_training, trackers
 
 
@@ -85,6 +90,75 @@ def test_what_tensorboard_wrote_is_metrics_jsonl(make_config: Callable[..., RunC
         assert found[key] == pytest.approx(value, rel=1e-6), key  # event files hold float32
     (written, *_) = folder.glob("*/hparams.yml")
     assert yaml.safe_load(written.read_text())["train.steps"] in (2, 4)
+
+
+def full_disk(*_args: Any, **_options: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("start", "; free space, or remove it from train.trackers$"),
+        ("log", r"; .*last good checkpoint is \S*step-00000002; continue with --resume auto$"),
+        ("finish", r"; .*last good checkpoint is \S*step-00000004; continue with --resume auto$"),
+    ],
+    ids=["start", "log", "finish"],
+)
+def test_a_tracker_that_cannot_write_ends_the_run_in_one_line(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, method: str, message: str
+) -> None:
+    cfg = make_config(train={"steps": 4, "log_every": 3, "save_every": 2, "trackers": ["tensorboard"]})
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers.TensorBoardTracker, method, full_disk)
+        with pytest.raises(
+            OutputError, match="tracker tensorboard cannot write: No space left on device" + message
+        ):
+            run_training(cfg)
+    assert run_training(cfg, resume="auto").steps == 4
+
+
+def test_a_disk_that_fills_up_in_tensorboards_own_thread(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk's end; closing what failed fails again."""
+    cfg = make_config(train={"steps": 6, "log_every": 1, "save_every": 2, "trackers": ["tensorboard"]})
+    told = tmp_path / "told"
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+            def fill(done: int, _metrics: Any) -> None:
+                if done == 2:
+                    (file,) = Path(cfg.output_dir, "tensorboard").glob("events.out.tfevents.*")
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, most))
+
+            run_training(cfg, callback=fill)
+        except OutputError as problem:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            told.write_text(str(problem))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    message = (
+        r"tracker tensorboard cannot write: File too large; .*last good checkpoint is \S*step-00000002; "
+    )
+    assert re.search(message + "continue with --resume auto$", told.read_text())
+
+
+def test_what_ended_a_run_is_not_hidden_by_a_tracker_that_cannot_close(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers.TensorBoardTracker, "finish", full_disk)
+
+    def fail(_step: int, _metrics: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(make_config(train={"trackers": ["tensorboard"]}), callback=fail)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(
