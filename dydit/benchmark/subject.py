@@ -92,11 +92,16 @@ class Subject:
         labels = torch.randint(shape.num_classes, (images,), generator=generator)
         return x.to(weight.device, weight.dtype), labels.to(weight.device)
 
-    def sample(self, network: Denoiser, images: int) -> Tensor:
-        """A whole sampling run of ``network`` from ``noise``."""
+    def trajectory(self, network: Denoiser, images: int) -> Iterator[tuple[float, Tensor]]:
+        """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
         x, labels = self.noise(images)
         denoiser = _keeping_scale(network, self.settings, x.shape[1]) if self.synthetic else network
-        return self.sampler.sample(denoiser, x, labels, self.model.null_label)
+        return self.sampler.trajectory(denoiser, x, labels, self.model.null_label)
+
+    def sample(self, network: Denoiser, images: int) -> Tensor:
+        """The end of a whole sampling run."""
+        *_, (_, x) = self.trajectory(network, images)
+        return x
 
     def calls(self, engine: SubnetEngine, images: int) -> dict[float, tuple[Tensor, Tensor]]:
         """Timestep -> latents and labels of the call that a sampling run of ``images`` makes there.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -22,39 +23,41 @@ from dydit.runtime.engine import SubnetEngine
 def time_runs(
     subject: Subject, variants: Variants, settings: BenchSettings, batch: int, static_macs: int
 ) -> WholeRun:
-    """Sampling runs of the static backbone and of each engine in turns, engines with nothing packed at first.
+    """Sampling runs of the static backbone and of each engine side by side, step by step in turns.
+
+    Engines have nothing packed at first.
 
     Args:
         batch: images.
         static_macs: of one call of the backbone at this batch size.
     """
-    steps = subject.sampler.call_timesteps
+    calls, steps = subject.sampler.call_timesteps, len(subject.sampler.timesteps)
     static = variants.networks[STATIC]
-    runs: dict[str, Callable[[], object]] = {STATIC: lambda: subject.sample(static, batch)}
+    runs: dict[str, Callable[[], Iterator[object]]] = {STATIC: partial(subject.trajectory, static, batch)}
     for mode, engine in variants.engines.items():
-        runs[mode] = _plain(subject, engine, batch) if settings.compile else _Recorded(subject, engine, batch)
+        plain = partial(subject.trajectory, engine, batch)
+        runs[mode] = plain if settings.compile else _Recorded(subject, engine, batch)
     if settings.compile:  # every graph is made before the clock runs
         for run in runs.values():
-            run()
+            deque(run(), maxlen=0)
     ms: dict[str, list[float]] = {name: [] for name in runs}
     packs: dict[str, dict[str, int]] = {}
-    for index in tqdm(range(settings.whole_rounds), desc=f"whole runs, batch {batch}", unit="round"):
-        for name in rotated(list(runs), index):
-            timed = variants.engines.get(name)
-            before = {} if timed is None else _emptied(timed)
-            ms[name] += measure_interleaved({name: runs[name]}, rounds=1, warmup=0)[name]
-            if timed is not None:
-                packs[name] = _since(before, timed)
-    macs = {STATIC: len(steps) * static_macs}
+    for _ in range(settings.whole_rounds):
+        before = {mode: _emptied(engine) for mode, engine in variants.engines.items()}
+        bar = tqdm(range(steps), desc=f"whole runs, batch {batch}", unit="step")
+        for name, time in _in_turns(runs, bar).items():
+            ms[name].append(time)
+        packs = {mode: _since(before[mode], engine) for mode, engine in variants.engines.items()}
+    macs = {STATIC: len(calls) * static_macs}
     for mode, engine in variants.counting.items():
         seen = runs[mode]
         if not isinstance(seen, _Recorded):  # inside of a compiled engine nothing can be seen
             seen = _Recorded(subject, engine, batch)
-            seen()
-        kept = zip(steps, seen.kept(), strict=True)
+            deque(seen(), maxlen=0)
+        kept = zip(calls, seen.kept(), strict=True)
         macs[mode] = sum(engine_table(engine, t, tokens).total for t, tokens in kept)
     return WholeRun(
-        sampler=subject.settings.name, steps=len(subject.sampler.timesteps),
+        sampler=subject.settings.name, steps=steps,
         guidance_scale=subject.settings.guidance_scale,
         ms={name: tuple(values) for name, values in ms.items()}, macs=macs, packs=packs,
     )  # fmt: skip
@@ -68,13 +71,20 @@ class _Recorded:
     def __init__(self, subject: Subject, engine: SubnetEngine, batch: int) -> None:
         self.subject, self.engine, self.batch = subject, engine, batch
 
-    def __call__(self) -> None:
+    def __call__(self) -> Iterator[object]:
         with recording_kept(self.engine) as (call, self.kept):
-            self.subject.sample(call, self.batch)
+            yield from self.subject.trajectory(call, self.batch)
 
 
-def _plain(subject: Subject, network: Any, batch: int) -> Callable[[], object]:
-    return lambda: subject.sample(network, batch)
+def _in_turns(runs: Mapping[str, Callable[[], Iterator[object]]], steps: Iterable[int]) -> dict[str, float]:
+    """Milliseconds of each run, step by step in turns: what the machine does meanwhile is shared by all."""
+    under_way = {name: run() for name, run in runs.items()}
+    total = dict.fromkeys(runs, 0.0)
+    for step in steps:
+        for name in rotated(list(runs), step):
+            call = {name: partial(next, under_way[name])}
+            total[name] += measure_interleaved(call, rounds=1, warmup=0)[name][0]
+    return total
 
 
 def _emptied(engine: SubnetEngine) -> dict[str, int]:

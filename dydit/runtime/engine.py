@@ -20,8 +20,7 @@ from dydit.models.dit import check_latent
 from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
-from dydit.runtime.packing import PackStatistics
-from dydit.runtime.packs import SchedulePacks
+from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
 
 Mode = Literal["exact", "capacity"]
@@ -128,8 +127,8 @@ class SubnetEngine(nn.Module):
     def computed_tokens(self, kept: int) -> int:
         """Tokens of a batch of which the MLP of a block computes something when it keeps ``kept`` of them.
 
-        More than these in ``exact`` mode in bfloat16 and float16 on the CPU, not compiled, see ``filled_up``:
-        the others are computed in vain.
+        More than these in bfloat16 and float16 on the CPU, not compiled, see ``filled_up``: the others are
+        computed in vain.
         """
         return filled_up(kept) if self._fills_up else kept
 
@@ -157,7 +156,7 @@ class SubnetEngine(nn.Module):
         self._graphs.clear()
         self._packs.forget()
         moved = super()._apply(fn, recurse)
-        self._packs.clear()
+        self._packs.measure()
         return moved
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ class SubnetEngine(nn.Module):
     def _fills_up(self) -> bool:
         weight = next(self.model.parameters())
         half_on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
-        return half_on_cpu and self.mode == "exact" and not self._compile
+        return half_on_cpu and not self._compile
 
     def _capacity(self, position: int, block: int) -> int | None:
         """Tokens of each sample that enter the MLP; None where the threshold decides."""

@@ -1,34 +1,21 @@
 """Weights of one block cut down to the heads and groups that run.
 
-What is all on is the original tensor; what is one contiguous run is a view of it; the rest is one copy
-per distinct mask of heads and per distinct mask of groups, kept under a budget of bytes (least recently used
-leaves first).
+What is all on is the original tensor; what is one contiguous run is a view of it; the rest is a copy.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
-from dydit.errors import ConfigError
 
 Weights = tuple[Tensor, Tensor | None]  # of a linear layer: weight (out, in), bias (out,) where it has one
-
-
-class Sized(Protocol):
-    """What a cache keeps."""
-
-    @property
-    def copied_bytes(self) -> int:
-        """Memory that it takes beyond the original weights."""
+New = Callable[[Tensor, tuple[int, ...]], Tensor]  # memory for a copy: of the kind of a tensor, of a shape
 
 
 @dataclass(frozen=True)
@@ -94,21 +81,21 @@ def pack_block(
 
 
 @torch.no_grad()
-def pack_attention(parts: AttentionParts, heads: np.ndarray) -> PackedAttention:
-    """Slice the attention's weights for head mask (H,), bool."""
+def pack_attention(parts: AttentionParts, heads: np.ndarray, new: New = Tensor.new_empty) -> PackedAttention:
+    """Slice the attention's weights for head mask (H,), bool; ``new`` gives the copies their memory."""
     index, head_dim = np.flatnonzero(heads), parts.out.in_features // parts.num_heads
-    qkv = _pack_qkv(parts, index, head_dim) if len(index) else ()
-    out = take(parts.out.weight, index, head_dim, 1), _detached(parts.out.bias)
+    qkv = _pack_qkv(parts, index, head_dim, new) if len(index) else ()
+    out = take(parts.out.weight, index, head_dim, 1, new), _detached(parts.out.bias)
     packed = PackedAttention(qkv, out, head_dim, copied_bytes=0)
     return replace(packed, copied_bytes=_copied(packed, [*parts.qkv, parts.out]))
 
 
 @torch.no_grad()
-def pack_mlp(parts: MlpParts, groups: np.ndarray) -> PackedMlp:
-    """Slice the MLP's weights for group mask (G,), bool."""
+def pack_mlp(parts: MlpParts, groups: np.ndarray, new: New = Tensor.new_empty) -> PackedMlp:
+    """Slice the MLP's weights for group mask (G,), bool; ``new`` gives the copies their memory."""
     index, units = np.flatnonzero(groups), parts.fc1.out_features // len(groups)
-    fc1 = _take_rows(_detached_pair(parts.fc1), index, units) if len(index) else None
-    fc2 = take(parts.fc2.weight, index, units, 1), _detached(parts.fc2.bias)
+    fc1 = _take_rows(_detached_pair(parts.fc1), index, units, new) if len(index) else None
+    fc2 = take(parts.fc2.weight, index, units, 1, new), _detached(parts.fc2.bias)
     packed = PackedMlp(fc1, fc2, copied_bytes=0)
     return replace(packed, copied_bytes=_copied(packed, [parts.fc1, parts.fc2]))
 
@@ -140,7 +127,7 @@ def _copied(packed: PackedAttention | PackedMlp, layers: Sequence[nn.Linear]) ->
     return sum(t.nbytes for t in tensors_of(packed) if t.untyped_storage().data_ptr() not in originals)
 
 
-def _pack_qkv(parts: AttentionParts, heads: np.ndarray, head_dim: int) -> tuple[Weights, ...]:
+def _pack_qkv(parts: AttentionParts, heads: np.ndarray, head_dim: int, new: New) -> tuple[Weights, ...]:
     """Rows of q, k and v of the active heads.
 
     Where the model fuses the three, they stay so, unless one run of heads makes views of them.
@@ -149,18 +136,18 @@ def _pack_qkv(parts: AttentionParts, heads: np.ndarray, head_dim: int) -> tuple[
     if len(heads) == parts.num_heads:
         return tuple(layers)
     if len(layers) == 3:
-        return tuple(_take_rows(layer, heads, head_dim) for layer in layers)
+        return tuple(_take_rows(layer, heads, head_dim, new) for layer in layers)
     sections = [i * parts.num_heads + heads for i in range(3)]  # q, k, v
     together = [np.concatenate(sections)] if not _is_run(heads) else sections
-    return tuple(_take_rows(layers[0], index, head_dim) for index in together)
+    return tuple(_take_rows(layers[0], index, head_dim, new) for index in together)
 
 
-def _take_rows(layer: Weights, index: np.ndarray, size: int) -> Weights:
+def _take_rows(layer: Weights, index: np.ndarray, size: int, new: New) -> Weights:
     weight, bias = layer
-    return take(weight, index, size, 0), None if bias is None else take(bias, index, size, 0)
+    return take(weight, index, size, 0, new), None if bias is None else take(bias, index, size, 0, new)
 
 
-def take(tensor: Tensor, index: np.ndarray, size: int, dim: int) -> Tensor:
+def take(tensor: Tensor, index: np.ndarray, size: int, dim: int, new: New = Tensor.new_empty) -> Tensor:
     """The components at ``index`` (ascending), of ``size`` each along ``dim``.
 
     The tensor itself where that is all of them, a view where they are one run, else a copy. It copies
@@ -175,7 +162,11 @@ def take(tensor: Tensor, index: np.ndarray, size: int, dim: int) -> Tensor:
     where = torch.as_tensor(index)
     if tensor.is_cuda:  # from pinned memory nothing waits for the copy
         where = where.pin_memory().to(tensor.device, non_blocking=True)
-    return tensor.unflatten(dim, (-1, size)).index_select(dim, where).flatten(dim, dim + 1)
+    components = tensor.unflatten(dim, (-1, size))
+    if torch.jit.is_tracing():  # which fvcore counts by, and which knows no ``out``
+        return components.index_select(dim, where).flatten(dim, dim + 1)
+    copy = new(tensor, (*tensor.shape[:dim], len(index), *components.shape[dim + 1 :]))
+    return torch.index_select(components, dim, where, out=copy).flatten(dim, dim + 1)
 
 
 def _is_run(index: np.ndarray) -> bool:
@@ -192,84 +183,3 @@ def _detached_pair(layer: nn.Linear) -> Weights:
 
 def _tensors(*layers: nn.Linear) -> list[Tensor]:
     return [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-
-
-@dataclass(frozen=True)
-class PackStatistics:
-    """Counters of a cache.
-
-    Attributes:
-        hits: requests served from it.
-        misses: packings made.
-        bytes: memory that its packings take beyond the original weights.
-        evictions: packings dropped.
-        views: packings made that took no memory.
-    """
-
-    hits: int
-    misses: int
-    bytes: int
-    evictions: int
-    views: int
-
-
-Packing = TypeVar("Packing", bound=Sized)
-
-
-class PackCache:
-    """Packings by key, least recently used out first, never above ``budget`` bytes of copies.
-
-    Safe for several threads: a packing in use stays alive through its reference.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
-        self._hits = self._misses = self._bytes = self._evictions = self._views = 0
-
-    def get(self, key: Hashable, size: int, make: Callable[[], Packing]) -> Packing:
-        """The packing under ``key``, of ``size`` bytes of copies, made by ``make`` on a miss.
-
-        Others leave before it is made, so that the copies never take more than the budget together.
-        """
-        with self._lock:
-            if key in self._entries:
-                self._hits += 1
-                self._entries.move_to_end(key)
-                return self._entries[key]
-            self._misses += 1
-            while self._entries and self._bytes + size > self.budget:
-                _, dropped = self._entries.popitem(last=False)
-                self._bytes -= dropped.copied_bytes
-                self._evictions += 1
-                del dropped  # its memory may be what the next one takes
-            packed = self._entries[key] = make()
-            self._bytes += packed.copied_bytes
-            self._views += not packed.copied_bytes
-            return packed
-
-    def clear(self) -> None:
-        """Forget every packing; the counters go on."""
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
-
-    def statistics(self) -> PackStatistics:
-        """Counters so far."""
-        with self._lock:
-            return PackStatistics(self._hits, self._misses, self._bytes, self._evictions, self._views)
-
-
-def check_budget(budget: int, largest: int) -> None:
-    """Refuse a budget that one packed block can exceed.
-
-    Raises:
-        ConfigError: says how many bytes a block takes.
-    """
-    if budget < largest:
-        raise ConfigError(
-            f"memory budget of {budget} bytes",
-            expected=f"at least one block's {largest} bytes",
-            remedy="raise the budget or leave it at its default",
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,20 +14,42 @@ from torch import Tensor
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.export.schedule import SubnetSchedule
+from dydit.runtime.arena import ALIGNMENT
+from dydit.runtime.cache import PackCache, arena_for, check_budget
 from dydit.runtime.packing import (
-    PackCache,
+    New,
     PackedAttention,
     PackedBlock,
     PackedMlp,
-    PackStatistics,
     attention_bytes,
     block_bytes,
-    check_budget,
     mlp_bytes,
     pack_attention,
     pack_mlp,
     tensors_of,
 )
+
+COPIES = 6  # tensors of a packing at most: q, k and v apart, weights and biases
+
+
+@dataclass(frozen=True)
+class PackStatistics:
+    """Counters of a schedule's blocks: one is a miss where its attention, its MLP or both had to be packed.
+
+    Attributes:
+        hits: blocks that were there.
+        misses: blocks packed.
+        bytes: memory that all packings take beyond the original weights.
+        evictions: packings, of an attention or an MLP, dropped.
+        views: blocks packed that took no memory.
+    """
+
+    hits: int
+    misses: int
+    bytes: int
+    evictions: int
+    views: int
+
 
 Part = TypeVar("Part", PackedAttention, PackedMlp)
 
@@ -42,6 +64,9 @@ class SchedulePacks:
         schedule: which heads and groups are on.
         budget: bytes of copies to keep; None = one more copy of the block weights.
 
+    Attributes:
+        all_fit: whether the whole schedule's slices fit the budget: none is then ever dropped.
+
     Raises:
         ConfigError: the budget is smaller than one block.
     """
@@ -55,7 +80,8 @@ class SchedulePacks:
         self._weights, self._schedule, self._asked = weights, schedule, budget
         self._head_masks, self._head_rows = _distinct(schedule.head_rows, schedule.rows)
         self._group_masks, self._group_rows = _distinct(schedule.group_rows, schedule.rows)
-        self._cache = PackCache(self._checked_budget())
+        self._cache = PackCache()
+        self.measure()
         self._side: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
         self._hits = self._misses = self._views = 0
@@ -68,11 +94,11 @@ class SchedulePacks:
         """
         made = False
 
-        def part(key: tuple[str, int, int], pack: Callable[[], Part]) -> Part:
-            def make() -> _Made[Part]:
+        def part(key: tuple[str, int, int], pack: Callable[[New], Part]) -> Part:
+            def make(new: New) -> _Made[Part]:
                 nonlocal made
                 made = True
-                return _Made(pack())
+                return _Made(pack(new))
 
             return self._cache.get(key, self._sizes[key], make).on_this_stream()
 
@@ -89,30 +115,30 @@ class SchedulePacks:
         return packed
 
     def forget(self) -> None:
-        """Drop every packing."""
-        self._cache.clear()
+        """Drop every packing, and the memory that was kept for them: the weights are about to move."""
+        self._cache.reset(self._cache.budget)
 
-    def clear(self) -> None:
-        """Drop every packing, and look at the weights anew: they have moved or have another dtype.
+    def measure(self) -> None:
+        """Look at the weights anew, which have moved or have another dtype; nothing is packed then.
 
         Raises:
             ConfigError: the budget is smaller than one block of what they are now.
         """
-        self._cache.clear()
-        for cached in ("_sizes", "all_fit"):
-            self.__dict__.pop(cached, None)
-        self._cache.budget = self._checked_budget()
+        blocks = [block_bytes(*parts) for parts in self._weights]
+        budget = sum(blocks) if self._asked is None else self._asked
+        check_budget(budget, max(blocks))
+        self._sizes = self._measured()
+        needed = sum(self._sizes.values())
+        self.all_fit = needed <= budget
+        attention, _ = self._weights[0]
+        arena = arena_for(attention.out.weight, min(budget, needed + len(self._sizes) * COPIES * ALIGNMENT))
+        self._cache.reset(budget, arena)
 
     def statistics(self) -> PackStatistics:
-        """Counters so far, of blocks: a block is a miss where its attention, its MLP or both were packed."""
-        cache = self._cache.statistics()
+        """Counters so far."""
+        cache = self._cache
         with self._lock:
             return PackStatistics(self._hits, self._misses, cache.bytes, cache.evictions, self._views)
-
-    @cached_property
-    def all_fit(self) -> bool:
-        """Whether the whole schedule's slices fit the budget: none is then ever dropped."""
-        return sum(self._sizes.values()) <= self._cache.budget
 
     def prepare_next(self, position: int, device: torch.device) -> None:
         """Make the slices of the timestep after ``position``, on a GPU beside what it computes from now on.
@@ -131,12 +157,6 @@ class SchedulePacks:
             for block in range(len(self._weights)):
                 self.get(position + 1, block, counted=False)
 
-    def _checked_budget(self) -> int:
-        sizes = [block_bytes(*parts) for parts in self._weights]
-        budget = sum(sizes) if self._asked is None else self._asked
-        check_budget(budget, max(sizes))
-        return budget
-
     def _size_at(self, position: int) -> int:
         keys = (
             (kind, block, int(row))
@@ -145,8 +165,7 @@ class SchedulePacks:
         )
         return sum(self._sizes[key] for key in keys)
 
-    @cached_property
-    def _sizes(self) -> dict[tuple[str, int, int], int]:
+    def _measured(self) -> dict[tuple[str, int, int], int]:
         """Bytes of copies of every packing of the schedule: ``heads`` or ``groups``, block, row."""
         found = {}
         for block, (attention, mlp) in enumerate(self._weights):

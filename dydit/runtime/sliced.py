@@ -119,7 +119,7 @@ class SlicedBlock(nn.Module):
             packed: the block's sliced weights.
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
-            fill_up: whether the MLP of the tokens above the threshold is to run on ``filled_up`` many.
+            fill_up: whether the MLP of some tokens is to run on ``filled_up`` many.
         """
         stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
         x, m, logits = stages.attend(self, x, cond, packed)
@@ -128,9 +128,12 @@ class SlicedBlock(nn.Module):
             return stages.mlp_of_all(self, x, m, packed)
         if capacity == 0:
             return x
-        if capacity is not None:
+        if capacity is not None and not fill_up:
             return stages.mlp_of_top(self, x, m, packed, logits, capacity)
-        kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
+        if capacity is not None:
+            kept = top_rows(logits, capacity)
+        else:
+            kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
         if len(kept) == B * N:
             return stages.mlp_of_all(self, x, m, packed)
         if not len(kept):
@@ -182,9 +185,7 @@ class SlicedBlock(nn.Module):
     def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""
         B, N, D = x.shape
-        first = N * torch.arange(B, device=x.device).unsqueeze(1)  # of each sample, in the flattened batch
-        rows = (top_tokens(logits, k) + first).flatten()  # (B·k,)
-        flat = x.view(B * N, D)
+        rows, flat = top_rows(logits, k), x.view(B * N, D)
         tokens = self._norm(flat.index_select(0, rows).view(B, k, D))
         update = self.sliced_mlp(packed, self._act, modulate(tokens, m.shift_mlp, m.scale_mlp))
         update = update if m.gate_mlp is None else update * m.gate_mlp.unsqueeze(1)
@@ -199,6 +200,13 @@ class SlicedBlock(nn.Module):
     def _act(self) -> Callable[[Tensor], Tensor]:
         adapter, block, _ = self._parts
         return adapter.mlp(block).act
+
+
+def top_rows(logits: Tensor, k: int) -> Tensor:
+    """Rows (B·k,) in the flattened batch of the k tokens of each sample with the highest logits (B, N)."""
+    B, N = logits.shape
+    first = N * torch.arange(B, device=logits.device).unsqueeze(1)
+    return (top_tokens(logits, k) + first).flatten()
 
 
 def _add_rows(flat: Tensor, rows: Tensor, update: Tensor) -> Tensor:

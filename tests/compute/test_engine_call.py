@@ -19,7 +19,7 @@ from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.sliced import filled_up
 from dydit.shapes import CONDITIONINGS
 
@@ -34,7 +34,11 @@ def check_counts(model: DyDiT, capacities: np.ndarray, batch: int = 2) -> None:
         assert call.counted.unsupported == {}
         assert call.analytic.differences(call.counted.table) == []
         assert call.kept_tokens.tolist() == [capacities[position].tolist()] * batch
-        assert call.analytic.total == batch * schedule.macs_per_timestep(capacities)[position]
+        planned = batch * schedule.macs_per_timestep(capacities)[position]
+        if engine.computed_tokens(1) == 1:
+            assert call.analytic.total == planned
+        else:  # what fills the batch up comes on top
+            assert planned <= call.analytic.total < 1.5 * planned
 
 
 def some_capacities(model: DyDiT, seed: int = 0) -> np.ndarray:
@@ -59,11 +63,13 @@ def test_in_bfloat16_where_attention_is_computed_in_products() -> None:
     assert count_engine(engine, x.bfloat16(), TIMESTEPS[0], y).counted.by_op["bmm"] > 0
 
 
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
 @pytest.mark.parametrize(("dtype", "fills"), [("bfloat16", True), ("float16", True), ("float32", False)])
-def test_tokens_that_fill_up_are_counted(dtype: str, fills: bool) -> None:
-    """In exact mode, in half precision on the CPU, an MLP runs on a multiple of 16 tokens or more."""
+def test_tokens_that_fill_up_are_counted(dtype: str, fills: bool, mode: Mode) -> None:
+    """In half precision on the CPU, an MLP runs on a multiple of 16 tokens or more."""
     model = torch.nn.Module.to(small_dydit(3), getattr(torch, dtype))
-    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=some_capacities(model))
+    engine = SubnetEngine(model, schedule, mode=mode)
     x, y = small_inputs(model.shape, batch=3, seed=3)
     vain = 0
     for t in TIMESTEPS:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
@@ -12,14 +10,9 @@ from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.adapters.dit import DiTAdapter
-from dydit.errors import ConfigError
 from dydit.runtime.packing import (
-    PackCache,
-    PackedBlock,
-    PackStatistics,
     attention_bytes,
     block_bytes,
-    check_budget,
     mlp_bytes,
     pack_attention,
     pack_block,
@@ -117,25 +110,6 @@ def test_heads_are_sliced_alike_from_fused_and_separate_layers(on: list[bool], b
     assert max(ours.copied_bytes, theirs.copied_bytes) <= block_bytes(AttentionParts((fused,), out, H), mlp)
 
 
-def entry(size: int) -> PackedBlock:
-    nothing = torch.zeros(0)
-    return PackedBlock((), (nothing, None), None, (nothing, None), 0, size)
-
-
-def test_the_least_recently_used_packing_leaves_first() -> None:
-    cache = PackCache(budget=10)
-    first, second, third = entry(4), entry(4), entry(4)
-    assert cache.get("first", 4, lambda: first) is first
-    assert cache.get("second", 4, lambda: second) is second
-    assert cache.get("first", 4, lambda: pytest.fail("made twice")) is first
-    assert cache.get("third", 4, lambda: third) is third  # "second" has to go
-    assert cache.get("first", 4, lambda: pytest.fail("the one just used was dropped")) is first
-    again = entry(4)
-    assert cache.get("second", 4, lambda: again) is again
-    statistics = cache.statistics()
-    assert statistics == PackStatistics(hits=2, misses=4, bytes=8, evictions=2, views=0)
-
-
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 @given(
     heads=st.lists(st.booleans(), min_size=H, max_size=H),
@@ -148,44 +122,3 @@ def test_the_size_of_a_packing_is_known_before(layout: str, heads: list[bool], g
     head_mask, group_mask = np.array(heads), np.array(groups)
     assert attention_bytes(attention, head_mask) == pack_attention(attention, head_mask).copied_bytes
     assert mlp_bytes(mlp, group_mask) == pack_mlp(mlp, group_mask).copied_bytes
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))
-def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
-    cache, made = PackCache(budget=10), []
-    for key, size in requests:
-
-        def make(size: int = size) -> PackedBlock:
-            alive = [packed() for packed in made]
-            assert sum(p.copied_bytes for p in alive if p is not None) + size <= 10  # room was made before
-            packed = entry(size)
-            made.append(weakref.ref(packed))
-            return packed
-
-        cache.get(key, size, make)
-        assert cache.statistics().bytes <= 10
-    statistics = cache.statistics()
-    assert statistics.hits + statistics.misses == len(requests)
-
-
-def test_a_failed_packing_leaves_the_cache_usable() -> None:
-    cache = PackCache(budget=10)
-    with pytest.raises(MemoryError):
-        cache.get("key", 1, lambda: (_ for _ in ()).throw(MemoryError()))
-    packed = entry(1)
-    assert cache.get("key", packed.copied_bytes, lambda: packed) is packed
-
-
-def test_clear_forgets_the_packings() -> None:
-    cache = PackCache(budget=10)
-    cache.get("key", 4, lambda: entry(4))
-    cache.clear()
-    assert cache.statistics().bytes == 0
-    packed = entry(4)
-    assert cache.get("key", packed.copied_bytes, lambda: packed) is packed
-
-
-def test_a_budget_below_one_block_is_refused() -> None:
-    check_budget(5, 5)
-    with pytest.raises(ConfigError, match="memory budget of 4 bytes; expected at least one block's 5 bytes"):
-        check_budget(4, 5)
