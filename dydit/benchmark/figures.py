@@ -75,8 +75,9 @@ def _draw_bars(axes: Axes, found: Benchmark) -> None:
         )  # fmt: skip
         axes.annotate(
             f"{case.share(mode).median:.0%}",
-            (place, speedup.median / 2),
+            (place, min(speedup.median, 1.0) / 2),  # below the line at 1
             ha="center",
+            va="center",
             color="white",
             fontsize=9,
         )

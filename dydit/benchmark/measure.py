@@ -59,8 +59,9 @@ def measure_case(
     kept: dict[str, float] = {}
     outputs: dict[str, list[Tensor]] = {}
     for mode, engine in variants.counting.items():
-        counted[mode] = _count(engine, timesteps[0], inputs[timesteps[0]])
-        outputs[mode], tables, kept[mode] = _executed(engine, inputs)
+        timed = variants.engines[mode]
+        counted[mode] = _count(timed, timesteps[0], inputs[timesteps[0]])
+        outputs[mode], tables, kept[mode] = _executed(engine, timed, inputs)
         macs[mode] = tuple(table.total for table in tables)
     plan, shape = subject.schedule, subject.model.shape
     return Case(
@@ -139,13 +140,18 @@ def _check(name: str, analytic: MacTable, counted: MacReport, rows: int = 1) -> 
 
 
 def _executed(
-    engine: SubnetEngine, inputs: Mapping[float, Inputs]
+    engine: SubnetEngine, timed: SubnetEngine, inputs: Mapping[float, Inputs]
 ) -> tuple[list[Tensor], list[MacTable], float]:
-    """Output and MACs of the call at each timestep, and the share of tokens that these calls kept."""
+    """Output and MACs of the call at each timestep, and the share of tokens that these calls kept.
+
+    Args:
+        engine: to look inside of.
+        timed: perhaps compiled, when nothing fills its batches up.
+    """
     with recording_kept(engine) as (call, kept):
         outputs = [call(x, t, y) for t, (x, y) in inputs.items()]
         counts = kept()
-    tables = [engine_table(engine, t, count) for t, count in zip(inputs, counts, strict=True)]
+    tables = [engine_table(timed, t, count) for t, count in zip(inputs, counts, strict=True)]
     return outputs, tables, float(np.mean(counts)) / engine.shape.tokens
 
 

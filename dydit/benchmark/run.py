@@ -59,9 +59,9 @@ def _measure(settings: BenchSettings, case: CaseSettings, save: Callable[[Case],
     if settings.compile:
         torch.compiler.reset()  # graphs of the case before hold its weights
     subject = make_subject(settings, case)
+    variants = make_variants(subject, settings)  # first, as it refuses a budget that is too small
     memory = measure_memory(subject, settings, case) if settings.memory and settings.sweep is None else {}
     static = count_static(subject)
-    variants = make_variants(subject, settings)
     for batch in case.batches:
         save(measure_case(subject, variants, settings, case, batch, static, memory.get(batch)))
     del subject, variants

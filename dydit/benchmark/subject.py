@@ -96,7 +96,8 @@ class Subject:
         """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
         x, labels = self.noise(images)
         denoiser = _keeping_scale(network, self.settings, x.shape[1]) if self.synthetic else network
-        return self.sampler.trajectory(denoiser, x, labels, self.model.null_label)
+        added = torch.Generator(x.device).manual_seed(self.seed)  # the same noise in every run
+        return self.sampler.trajectory(denoiser, x, labels, self.model.null_label, added)
 
     def sample(self, network: Denoiser, images: int) -> Tensor:
         """The end of a whole sampling run."""

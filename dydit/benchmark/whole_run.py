@@ -55,7 +55,7 @@ def time_runs(
             seen = _Recorded(subject, engine, batch)
             deque(seen(), maxlen=0)
         kept = zip(calls, seen.kept(), strict=True)
-        macs[mode] = sum(engine_table(engine, t, tokens).total for t, tokens in kept)
+        macs[mode] = sum(engine_table(variants.engines[mode], t, tokens).total for t, tokens in kept)
     return WholeRun(
         sampler=subject.settings.name, steps=steps,
         guidance_scale=subject.settings.guidance_scale,

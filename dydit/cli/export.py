@@ -78,16 +78,19 @@ def export(
 ) -> None:
     """Write a subnetwork for each sampling timestep."""
     _check_replaceable(out)
+    if not (with_weights or order):
+        _check_kept(model, out)
     _check_together(calibrate, target, capacity, capacity_multiple)
     _check_aot(aot, aot_dtype, aot_compile)
     from dydit.cli.models import open_dydit, sampler_defaults, trained_target
-    from dydit.files import new_folder
+    from dydit.files import check_writable, new_folder
 
     goal = _target(target, trained_target(model)) if calibrate else None
     settings = sampler_settings(sampler_defaults(model), sampler, steps, guidance_scale, guided_channels)
     network = open_dydit(model)
     found = None
     if calibrate or capacity:
+        check_writable(out.parent)  # before minutes of passes
         multiple = (capacity_multiple or 1) if capacity else None
         found = _calibrate(network, settings, goal, calibration_samples, calibration_seed, multiple)
     schedule, views_before = _read_off(network, settings, found, order)
@@ -260,6 +263,21 @@ def _check_aot(aot: bool, dtype: AotDtype | None, compile: bool | None) -> None:
                 expected="g++, or what CXX names",
                 remedy="install one, or leave --aot-compile out",
             )
+
+
+def _check_kept(model: str, out: Path) -> None:
+    """Refuse to put a schedule alone in the place of the weights that it is made from.
+
+    Raises:
+        OutputError: the model lies in ``out``.
+    """
+    given = Path(model).resolve()
+    if out.exists() and out.resolve() in (given, *given.parents):
+        raise OutputError(
+            f"{out} holds the model, which the export would replace",
+            expected="another folder",
+            remedy="choose another --out, or add --with-weights",
+        )
 
 
 def _check_replaceable(out: Path) -> None:

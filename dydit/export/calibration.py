@@ -16,7 +16,7 @@ import numpy as np
 from dydit.diffusion import Sampler
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
-from dydit.export.capacity import Capacities, measure_capacities
+from dydit.export.capacity import Capacities, check_multiple, measure_capacities
 from dydit.export.recording import Recording, Start, evaluating, record
 from dydit.export.search import find_thresholds, find_token_threshold, reachable_ratios
 from dydit.export.thresholds import Thresholds
@@ -108,6 +108,8 @@ def calibrate(
         ScheduleError: a router gives NaN; names it and its block.
     """
     _check_settings(target, tolerance)
+    if capacity_multiple is not None:
+        check_multiple(capacity_multiple, model.shape.tokens)
     before, start = Thresholds.of(model), Start.draw(model, samples, seed)
     search = _Search(model, sampler, start, progress)
     try:

@@ -45,8 +45,7 @@ def choose_capacities(recording: Recording, thresholds: Thresholds, multiple: in
         ConfigError: the multiple is not within 1..N.
     """
     N = recording.shape.tokens
-    if not 1 <= multiple <= N:
-        raise ConfigError(f"capacities in multiples of {multiple}", expected=f"1 to the model's {N} tokens")
+    check_multiple(multiple, N)
     if not recording.routing.token_routing:
         return np.full(recording.heads.shape[:2], N, np.int32)
     kept = recording.kept_tokens(thresholds).double().mean(1).cpu().numpy()  # (R, L)
@@ -56,6 +55,20 @@ def choose_capacities(recording: Recording, thresholds: Thresholds, multiple: in
     # Between the last multiple and N, the nearer one of the two.
     rounded = np.where(N - means < np.abs(rounded - means), N, rounded)
     return np.minimum(rounded, N).astype(np.int32)
+
+
+def check_multiple(multiple: int, tokens: int) -> None:
+    """Refuse to round to what no block can run.
+
+    Raises:
+        ConfigError: the multiple is not within 1..N.
+    """
+    if not 1 <= multiple <= tokens:
+        raise ConfigError(
+            f"capacities in multiples of {multiple}",
+            expected=f"1 to the model's {tokens} tokens",
+            remedy="choose a smaller multiple",
+        )
 
 
 @torch.no_grad()

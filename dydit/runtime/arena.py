@@ -30,8 +30,9 @@ class Arena:
     """
 
     def __init__(self, size: int) -> None:
-        # Of NumPy: a tensor's storage holds the array that it was made from, so they end together.
-        self._memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8).numpy()
+        storage = torch.UntypedStorage(size + ALIGNMENT, device="cpu")  # never filled, unlike torch.empty
+        # As an array: a tensor's storage holds the array that it was made from, so they end together.
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
         first = -self._memory.ctypes.data % ALIGNMENT
         self._gaps: list[Gap] = [(first, first + size)]  # ascending, with something used between two
         self._returned: deque[Gap] = deque()
@@ -40,7 +41,7 @@ class Arena:
         """A new tensor with a storage of its own, not initialised; None where no gap is large enough."""
         size = math.prod(shape) * dtype.itemsize
         if not size:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         place = self._take(-(-size // ALIGNMENT) * ALIGNMENT)
         if place is None:
             return None

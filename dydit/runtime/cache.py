@@ -76,7 +76,7 @@ class PackCache:
         if self._arena is None:
             return like.new_empty(shape)
         while (new := self._arena.empty(shape, like.dtype)) is None:
-            if not self._entries:  # what was dropped is still in use in other threads
+            if not self._entries:  # what was dropped is still in use, in other threads or by this block
                 return like.new_empty(shape)
             self._drop_oldest()
         return new

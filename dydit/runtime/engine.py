@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
 
 Mode = Literal["exact", "capacity"]
+RUNS_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class SubnetEngine(nn.Module):
@@ -47,7 +48,7 @@ class SubnetEngine(nn.Module):
 
     Raises:
         ScheduleError: the schedule belongs to other weights, or has no capacities.
-        ConfigError: the budget is smaller than one block.
+        ConfigError: the budget is smaller than one block, or there is no such mode or dtype.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class SubnetEngine(nn.Module):
     ) -> None:
         super().__init__()
         _check_mode(mode, schedule)
+        if dtype not in (None, *RUNS_IN):
+            raise ConfigError(f"an engine in {dtype}", expected=", ".join(map(str, RUNS_IN)))
         if verify:
             _check_weights(model, schedule)
         if dtype is not None and dtype != next(model.parameters()).dtype:
@@ -95,16 +98,19 @@ class SubnetEngine(nn.Module):
 
         Raises:
             ScheduleError: a timestep is not in the schedule.
-            ShapeError: latent of the wrong shape or dtype, or t or y not one per sample.
+            ShapeError: latent or y of the wrong shape or dtype, or t or y not one per sample.
         """
         check_latent(x, self.shape)
-        if x.dtype != (dtype := next(self.model.parameters()).dtype):
-            raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
+        self._check_dtypes(x, y)
         if not isinstance(t, Tensor) or t.ndim == 0:
             return self._run(self.schedule.index_of(float(t)), x, t, y)
         check_per_sample("timesteps", t, len(x))
-        if len(y) != len(x):
-            raise ShapeError(f"{len(y)} labels for {len(x)} latents", expected="one per sample")
+        if y.shape[:1] != x.shape[:1] or not len(x):
+            raise ShapeError(
+                f"labels of shape {tuple(y.shape)} for {len(x)} latents",
+                expected="one per sample, and a sample at least",
+                remedy="give as many labels as latents",
+            )
         steps = t.tolist()
         if len(set(steps)) == 1:
             return self._run(self.schedule.index_of(steps[0]), x, t, y)
@@ -139,6 +145,18 @@ class SubnetEngine(nn.Module):
         on_gpu = next(self.model.parameters()).is_cuda
         return self._compile and self.mode == "capacity" and on_gpu and self._packs.all_fit
 
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """An engine takes no weights: the schedule is that of the ones it has, of which slices were made.
+
+        Raises:
+            ScheduleError: always.
+        """
+        raise ScheduleError(
+            "weights for an engine that has some",
+            expected=f"those with sha256 {self.schedule.weights[:12]}…, which the schedule was exported from",
+            remedy="load them into the model, export, and make a new engine",
+        )
+
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
@@ -158,6 +176,15 @@ class SubnetEngine(nn.Module):
         moved = super()._apply(fn, recurse)
         self._packs.measure()
         return moved
+
+    def _check_dtypes(self, x: Tensor, y: Tensor) -> None:
+        dtype = next(self.model.parameters()).dtype
+        if x.dtype != dtype:
+            raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
+        if self.shape.takes_text and y.dtype != dtype:
+            raise ShapeError(f"text of {y.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
+        if not self.shape.takes_text and (y.is_floating_point() or y.dtype == torch.bool):
+            raise ShapeError(f"labels of {y.dtype}", expected="whole numbers", remedy="use .long()")
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""

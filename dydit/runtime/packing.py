@@ -159,9 +159,10 @@ def take(tensor: Tensor, index: np.ndarray, size: int, dim: int, new: New = Tens
     if _is_run(index):
         # .data forgets what it is a view of, which torch.compile would distinguish graphs by.
         return tensor.narrow(dim, int(index[0]) * size, len(index) * size).data
-    where = torch.as_tensor(index)
+    where = torch.from_numpy(index)
     if tensor.is_cuda:  # from pinned memory nothing waits for the copy
-        where = where.pin_memory().to(tensor.device, non_blocking=True)
+        where = where.pin_memory()
+    where = where.to(tensor.device, non_blocking=True)
     components = tensor.unflatten(dim, (-1, size))
     if torch.jit.is_tracing():  # which fvcore counts by, and which knows no ``out``
         return components.index_select(dim, where).flatten(dim, dim + 1)

@@ -125,11 +125,12 @@ class SchedulePacks:
             ConfigError: the budget is smaller than one block of what they are now.
         """
         blocks = [block_bytes(*parts) for parts in self._weights]
-        budget = sum(blocks) if self._asked is None else self._asked
-        check_budget(budget, max(blocks))
+        budget = sum(blocks) if self._asked is None else int(self._asked)
         self._sizes = self._measured()
         needed = sum(self._sizes.values())
         self.all_fit = needed <= budget
+        self._cache.reset(budget)
+        check_budget(budget, max(blocks))
         attention, _ = self._weights[0]
         arena = arena_for(attention.out.weight, min(budget, needed + len(self._sizes) * COPIES * ALIGNMENT))
         self._cache.reset(budget, arena)

@@ -90,6 +90,7 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
         ((*TINY, "--mode", "fast"), "modes"),
         ((*TINY, "--memory-budget", "much"), "--memory-budget much; expected a size such as 1.5GB"),
         ((*TINY, "--memory-budget", "1KB"), "memory budget of 1000 bytes"),
+        ((*TINY, "--memory-budget", "1KB", "--memory"), "memory budget of 1000 bytes"),
         ((*TINY, "--schedule", "x"), "--schedule for preset DiT-S/2"),
         (("DiT-S/2", "--sample-size", "7"), "patch_size 2 does not divide"),
         ((*TINY, "--whole-run", "2000"), "2000"),

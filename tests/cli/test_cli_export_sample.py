@@ -40,6 +40,22 @@ def test_an_export_may_be_replaced_but_no_other_folder(command: Any, models: Any
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
+def test_an_export_never_replaces_the_model_that_it_is_made_from(
+    command: Any, models: Any, tmp_path: Path
+) -> None:
+    export, place = ("export", models.dynamic, "--steps", "3"), tmp_path / "e"
+    assert command(*export, "--with-weights", "--out", place).status == 0
+    weights = sorted(path.name for path in place.iterdir())
+    for out in (place, tmp_path / "link"):
+        if out != place:
+            out.symlink_to(place)
+        refused = command("export", place, "--steps", "2", "--out", out)
+        assert refused.status == 2 and "holds the model, which the export would replace" in refused.error
+    assert sorted(path.name for path in place.iterdir()) == weights
+    assert command("export", place, "--steps", "2", "--with-weights", "--out", place).status == 0
+    assert len(json.loads((place / "manifest.json").read_text())["timesteps"]) == 2
+
+
 def test_engine_draws_what_the_masked_model_draws(
     command: Any, models: Any, exported: Path, tmp_path: Path
 ) -> None:

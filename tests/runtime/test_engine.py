@@ -117,6 +117,44 @@ def test_refuses_what_it_cannot_run() -> None:
         engine(x[..., :4], 20.0, y)
     with pytest.raises(DataError, match="label 11; expected 0 to 9, or 10 for the null class"):
         engine(x, 20.0, y + 1)
+    with pytest.raises(ShapeError, match=r"labels of torch\.float32; expected whole numbers"):
+        engine(x, 20.0, y.float())
+    with pytest.raises(ShapeError, match="a sample at least"):
+        engine(x[:0], torch.zeros(0), y[:0])
+    with pytest.raises(ConfigError, match=r"an engine in torch\.int8; expected torch\.float32"):
+        engine_of(model, dtype=torch.int8)
+
+
+def test_refuses_text_in_another_dtype() -> None:
+    model = small_dydit(conditioning="adaln_single")
+    x, y = small_inputs(model.shape)
+    engine = engine_of(model, dtype=torch.bfloat16)
+    with pytest.raises(ShapeError, match=r"text of torch\.float32; expected torch\.bfloat16"):
+        engine(x.bfloat16(), 20.0, y)
+
+
+def test_takes_no_other_weights() -> None:
+    model = small_dydit()
+    engine = engine_of(model)
+    with pytest.raises(ScheduleError, match="weights for an engine that has some; .*make a new engine"):
+        engine.load_state_dict(small_dydit(1).state_dict())
+
+
+def test_a_budget_may_be_a_float() -> None:
+    model = small_dydit()
+    x, y = small_inputs(model.shape)
+    blocks = model.adapter.blocks(model.backbone)
+    block = max(block_bytes(model.adapter.attention(b), model.adapter.mlp(b)) for b in blocks)
+    engine = engine_of(model, memory_budget=float(block))
+    assert relative_error(engine(x, 500.0, y), model(x, 500.0, y)) < 1e-5
+
+
+def test_another_default_device_changes_nothing() -> None:
+    model = small_dydit()
+    x, y = small_inputs(model.shape)
+    expected = engine_of(model)(x, 500.0, y)
+    with torch.device("meta"):
+        assert torch.equal(engine_of(model)(x, 500.0, y), expected)
 
 
 @pytest.mark.parametrize("t", [torch.tensor([20.0]), torch.tensor([20.0, 500.0]), torch.zeros(3, 1)])
