@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,7 +102,7 @@ class Subject:
 
     def sample(self, network: Denoiser, images: int) -> Tensor:
         """The end of a whole sampling run."""
-        *_, (_, x) = self.trajectory(network, images)
+        ((_, x),) = deque(self.trajectory(network, images), maxlen=1)
         return x
 
     def calls(self, engine: SubnetEngine, images: int) -> dict[float, tuple[Tensor, Tensor]]:

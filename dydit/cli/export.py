@@ -272,7 +272,7 @@ def _check_kept(model: str, out: Path) -> None:
         OutputError: the model lies in ``out``.
     """
     given = Path(model).resolve()
-    if out.exists() and out.resolve() in (given, *given.parents):
+    if given.exists() and out.exists() and out.resolve() in (given, *given.parents):
         raise OutputError(
             f"{out} holds the model, which the export would replace",
             expected="another folder",

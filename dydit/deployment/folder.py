@@ -19,6 +19,7 @@ from dydit.deployment import loader
 from dydit.deployment.programs import Programs, export_programs
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
+from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import write_file
 from dydit.routing.gates import logit
@@ -51,7 +52,9 @@ def write_deployment(
         raise OutputError(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
-    write_file(folder / PLAN, json.dumps(_plan(model, schedule, programs, weights or WEIGHTS), indent=1))
+    plan = _plan(model, schedule, programs, weights or WEIGHTS)
+    plan["sha256"] = {name: loader.sha256(folder / name) for name in (plan["weights"], TENSORS)}
+    write_file(folder / PLAN, json.dumps(plan, indent=1))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
 
@@ -101,6 +104,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         "torch_version": torch.__version__,
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
+        "latent": [model.shape.in_channels, *model.shape.sample_size],
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "components": {"head_rows": model.shape.num_heads, "group_rows": model.shape.mlp_groups},
         "token_logit": logit(schedule.routing.token_threshold),

@@ -11,6 +11,7 @@ comes, and kept up to ``budget`` bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -43,6 +44,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(entry["shape"])
     return tensors
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, expected: dict[str, str]) -> None:
+    """Refuse files (name -> sha256) that are not those that the folder was written with."""
+    for name, wanted in expected.items():
+        if (seen := sha256(folder / name)) != wanted:
+            raise ValueError(
+                f"{folder / name} with sha256 {seen[:12]}…; expected {wanted[:12]}…, which the folder was "
+                "written with; copy the folder again, or export again"
+            )
 
 
 def unpack_bits(rows: Tensor, count: int) -> Tensor:
@@ -113,6 +133,7 @@ class Deployment:
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
         budget: bytes of copied weights to keep; None: as many as the weights have.
+        verify: compare the sha256 of weights and schedule with those that were written.
     """
 
     def __init__(
@@ -121,9 +142,12 @@ class Deployment:
         device: str | None = None,
         compiled: bool = False,
         budget: int | None = None,
+        verify: bool = True,
     ) -> None:
         folder = Path(folder)
         self.plan = json.loads((folder / "deployment.json").read_text())
+        if verify:
+            check_files(folder, self.plan["sha256"])
         self.device, self.compiled = choose_device(device, self.plan["device"], compiled), compiled
         self.weights = {
             name: tensor.to(self.device)
@@ -140,6 +164,12 @@ class Deployment:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps."""
+        dtype, latent = str(x.dtype).removeprefix("torch."), list(x.shape[1:])
+        if (dtype, latent) != (self.plan["dtype"], self.plan["latent"]):
+            raise ValueError(
+                f"latents of {dtype}, (batch, {latent}); expected {self.plan['dtype']}, (batch, "
+                f"{self.plan['latent']}); convert them, or export for these"
+            )
         step, steps = torch.tensor(float(t), dtype=torch.float32).item(), self.plan["timesteps"]
         if step not in steps:
             raise ValueError(

@@ -147,7 +147,7 @@ class SubnetSchedule:
         return position
 
     def macs_per_timestep(self, kept_tokens: np.ndarray | None = None) -> np.ndarray:
-        """MACs per sample at each timestep (S,), as the engine executes them.
+        """MACs per sample at each timestep (S,), as the engine executes them, without what fills batches up.
 
         Args:
             kept_tokens: mean number of kept tokens (S, L), ``capacities`` for capacity mode; None = all of
@@ -200,6 +200,9 @@ class SubnetSchedule:
             "thresholds": {"width": self.routing.threshold, "tokens": self.routing.token_threshold},
             "subnetworks_by_block": list(self.subnetworks_by_block),
             "macs_per_timestep_all_tokens": [int(m) for m in self.macs_per_timestep()],
+            "macs_per_timestep_at_capacity": None
+            if self.capacities is None
+            else [int(m) for m in self.macs_per_timestep(self.capacities)],
             "view_share": self.view_share,
             "calibration": self.calibration,
             "weights_sha256": self.weights,

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 OnBad = Literal["raise", "skip"]
+# Labels must be below it: on_class_mismatch=drop makes a table for the largest, so a stray one could fill the
+# memory. The published sets of images with the most classes have some 200,000.
+LABEL_LIMIT = 1_000_000
 
 log = logging.getLogger(__name__)
 

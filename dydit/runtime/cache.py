@@ -73,7 +73,7 @@ class PackCache:
 
     def _new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Memory in the arena, where the oldest packings leave until there is a gap."""
-        if self._arena is None:
+        if self._arena is None or like.device.type != "cpu":
             return like.new_empty(shape)
         while (new := self._arena.empty(shape, like.dtype)) is None:
             if not self._entries:  # what was dropped is still in use, in other threads or by this block
@@ -87,7 +87,7 @@ class PackCache:
         self.evictions += 1
 
 
-def arena_for(weight: Tensor, size: int) -> Arena | None:
+def arena_for(weight: Tensor, size: float) -> Arena | None:
     """An arena of ``size`` bytes for copies of a CPU weight.
 
     None for other devices, which PyTorch keeps such pools for, and where the system does not give the range.
@@ -95,7 +95,7 @@ def arena_for(weight: Tensor, size: int) -> Arena | None:
     if weight.device.type != "cpu" or not size:
         return None
     try:
-        return Arena(size)
+        return Arena(int(size))
     except RuntimeError:  # torch's word for memory that there is not
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dydit.models.blocks import Modulation
+from dydit.models.blocks import Conditioning, Modulation
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.sliced import SlicedBlock, Stages
 
@@ -30,19 +30,37 @@ def compiled_stages() -> Stages:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled with a code object of its own.
+    """A stage compiled with code objects of its own: one for batches of one sample, one for all others.
 
-    torch.compile keeps and limits its graphs per code object: those of other engines must not count here.
+    torch.compile keeps and limits its graphs per code object: those of other engines must not count here. A
+    size of 1 is never symbolic, so a batch of one sample takes graphs that no other can use; any other size
+    of a batch is symbolic from the first call on.
     """
+    alone, together = (torch.compile(_twin(function)) for _ in range(2))
+
+    @wraps(function)
+    def run(block: SlicedBlock, x: Tensor, of_batch: Conditioning | Modulation, *inputs: Any) -> Any:
+        if len(x) == 1:
+            return alone(block, x, of_batch, *inputs)
+        fields = of_batch if isinstance(of_batch, Modulation) else vars(of_batch).values()
+        for tensor in (x, *fields, *inputs):
+            if isinstance(tensor, Tensor) and len(tensor) == len(x):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return together(block, x, of_batch, *inputs)
+
+    return run
+
+
+def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with another code object."""
     assert isinstance(function, FunctionType)
-    own = FunctionType(
+    return FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own)
 
 
 def _of_any_number(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:

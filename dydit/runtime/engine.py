@@ -64,7 +64,9 @@ class SubnetEngine(nn.Module):
         super().__init__()
         _check_mode(mode, schedule)
         if dtype not in (None, *RUNS_IN):
-            raise ConfigError(f"an engine in {dtype}", expected=", ".join(map(str, RUNS_IN)))
+            raise ConfigError(
+                f"an engine in {dtype}", expected=", ".join(map(str, RUNS_IN)), remedy="choose one of these"
+            )
         if verify:
             _check_weights(model, schedule)
         if dtype is not None and dtype != next(model.parameters()).dtype:
@@ -101,14 +103,16 @@ class SubnetEngine(nn.Module):
             ShapeError: latent or y of the wrong shape or dtype, or t or y not one per sample.
         """
         check_latent(x, self.shape)
+        if not len(x):
+            raise ShapeError("a batch without samples", expected="one at least", remedy="leave the call out")
         self._check_dtypes(x, y)
         if not isinstance(t, Tensor) or t.ndim == 0:
             return self._run(self.schedule.index_of(float(t)), x, t, y)
         check_per_sample("timesteps", t, len(x))
-        if y.shape[:1] != x.shape[:1] or not len(x):
+        if y.shape[:1] != x.shape[:1]:
             raise ShapeError(
                 f"labels of shape {tuple(y.shape)} for {len(x)} latents",
-                expected="one per sample, and a sample at least",
+                expected="one per sample",
                 remedy="give as many labels as latents",
             )
         steps = t.tolist()

@@ -29,7 +29,7 @@ from dydit.runtime.packing import (
     tensors_of,
 )
 
-COPIES = 6  # tensors of a packing at most: q, k and v apart, weights and biases
+COPIES = 7  # tensors of a packing at most: weights and biases of q, k and v apart, and a weight
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,15 @@ class SchedulePacks:
             ConfigError: the budget is smaller than one block of what they are now.
         """
         blocks = [block_bytes(*parts) for parts in self._weights]
-        budget = sum(blocks) if self._asked is None else int(self._asked)
+        budget = sum(blocks) if self._asked is None else self._asked
         self._sizes = self._measured()
-        needed = sum(self._sizes.values())
-        self.all_fit = needed <= budget
+        copied = [size for size in self._sizes.values() if size]
+        self.all_fit = sum(copied) <= budget
         self._cache.reset(budget)
         check_budget(budget, max(blocks))
         attention, _ = self._weights[0]
-        arena = arena_for(attention.out.weight, min(budget, needed + len(self._sizes) * COPIES * ALIGNMENT))
+        padding = len(copied) * COPIES * ALIGNMENT  # never written
+        arena = arena_for(attention.out.weight, min(budget, sum(copied)) + padding)
         self._cache.reset(budget, arena)
 
     def statistics(self) -> PackStatistics:

@@ -16,6 +16,8 @@ from dydit.routing.gates import logit
 from dydit.routing.tokens import top_tokens
 from dydit.runtime.packing import PackedBlock
 
+SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
+
 
 def sliced_attention(packed: PackedBlock, x: Tensor) -> Tensor:
     """Self-attention of the active heads over x (B, N, D)."""
@@ -28,23 +30,26 @@ def sliced_attention(packed: PackedBlock, x: Tensor) -> Tensor:
         q, k, v = projected[0].view(B, N, 3, -1, packed.head_dim).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
     else:
         q, k, v = (p.view(B, N, -1, packed.head_dim).transpose(1, 2) for p in projected)
-    attended = self_attention(q, k, v, most_scores=4 * D)
+    attended = self_attention(q, k, v)
     return F.linear(attended.transpose(1, 2).reshape(B, N, -1), *packed.out)
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, most_scores: int) -> Tensor:
+def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
 
-    In bfloat16 on the CPU, PyTorch's fused kernel takes longer than the two products and the softmax
-    (``tools/measure_products.py``). These hold h·N scores per token: they are taken where that is at most
-    ``most_scores``, and not in compiled code, whose sizes are symbolic.
+    In bfloat16 on the CPU, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two products and
+    the softmax, of as many heads at a time as have ``SCORES`` scores (``tools/measure_products.py``). Not in
+    compiled code, whose sizes are symbolic.
     """
     B, h, N, d = q.shape
     in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if not in_products or h * N > most_scores:
+    if not in_products or N * N > SCORES:
         return F.scaled_dot_product_attention(q, k, v)
-    q, k, v = (t.reshape(B * h, N, d) for t in (q * d**-0.5, k, v))
-    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(B, h, N, d)
+    split = (t.reshape(B * h, N, d).split(SCORES // (N * N)) for t in (q * d**-0.5, k, v))
+    parts = [
+        torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v) for q, k, v in zip(*split, strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(B, h, N, d)
 
 
 def sliced_mlp(packed: PackedBlock, act: Any, x: Tensor) -> Tensor:
@@ -128,12 +133,12 @@ class SlicedBlock(nn.Module):
             return stages.mlp_of_all(self, x, m, packed)
         if capacity == 0:
             return x
-        if capacity is not None and not fill_up:
-            return stages.mlp_of_top(self, x, m, packed, logits, capacity)
-        if capacity is not None:
+        if capacity is None:
+            kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
+        elif fill_up:
             kept = top_rows(logits, capacity)
         else:
-            kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
+            return stages.mlp_of_top(self, x, m, packed, logits, capacity)
         if len(kept) == B * N:
             return stages.mlp_of_all(self, x, m, packed)
         if not len(kept):

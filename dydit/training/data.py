@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
+from dydit.latents.bad_data import LABEL_LIMIT
 from dydit.latents.datasets import image_folder, latents
 from dydit.shapes import ModelShape
-from dydit.training.hub_images import LABEL_LIMIT, hub_images
+from dydit.training.hub_images import hub_images
 from dydit.training.procedural import SHAPES_SIDE, Shapes
 from dydit.training.shards import sharded_images
 from dydit.training.signals import leave_signals_to_parent, sigterm_blocked
@@ -179,6 +180,9 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+STAND_INS = 64  # samples drawn for a bad one before all are tried
+
+
 class GoodSample(NamedTuple):
     """A sample, and the bad ones in whose place it is: index -> what is wrong."""
 
@@ -191,7 +195,7 @@ class CheckedSamples(Dataset):
     """A data set whose items are checked one by one; a bad one comes back as a DataError, not raised.
 
     A value crosses from a loader process as it is; a raised error would come out wrapped in a traceback.
-    With ``skip_bad`` the next good sample takes the place of a bad one, and tells of it.
+    With ``skip_bad`` another good sample takes the place of a bad one, the next if it can, and tells of it.
 
     Args:
         dataset: the samples.
@@ -209,11 +213,9 @@ class CheckedSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, visit: Visit) -> GoodSample | DataError:
-        tries = len(self) if self.skip_bad else 1
         problem = DataError("the data set has no samples")
         skipped: dict[int, str] = {}
-        for offset in range(tries):
-            index = (visit.sample + offset) % len(self)
+        for index in self._candidates(visit):
             result = self._checked(index, visit.epoch)
             if not isinstance(result, DataError):
                 return GoodSample(*result, skipped)
@@ -221,8 +223,22 @@ class CheckedSamples(Dataset):
             skipped[index] = str(problem)
         return problem
 
+    def _candidates(self, visit: Visit) -> Iterator[int]:
+        """The sample itself; then what may stand in for it: the next one, some others, at last all."""
+        yield visit.sample
+        if not self.skip_bad:
+            return
+        count = len(self)
+        yield (visit.sample + 1) % count
+        # Where many in a row are bad, as a class that the model has not, one neighbour would stand for all.
+        yield from np.random.default_rng((self.seed, *visit)).integers(count, size=STAND_INS).tolist()
+        yield from ((visit.sample + offset) % count for offset in range(2, count))
+
     def _checked(self, index: int, epoch: int) -> tuple[Tensor, Any] | DataError:
         remedy = "" if self.skip_bad else "repair it, or set data.on_bad=skip"
+        known = getattr(self.dataset, "labels", ())  # of all samples, or of all that are not mirrored
+        if len(known) and (bad := _bad_label(int(known[index % len(known)]), self.shape)):
+            return DataError(f"{self._name(index)} has {bad[0]}", expected=bad[1], remedy=remedy)
         try:
             image, label = self._read(index, epoch)
         except DataError as problem:  # it names the file

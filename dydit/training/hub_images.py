@@ -14,12 +14,8 @@ from torch import Tensor
 
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
-from dydit.latents.bad_data import OnBad
+from dydit.latents.bad_data import LABEL_LIMIT, OnBad
 from dydit.latents.image_folder import centre_crop, to_signed
-
-# Labels must be below it: on_class_mismatch=drop makes a table for the largest, so a stray one could fill the
-# memory. The published sets of images with the most classes have some 200,000.
-LABEL_LIMIT = 1_000_000
 
 
 class HubImages:
@@ -54,9 +50,9 @@ class HubImages:
         self.image = _column(kinds, "Image", "image", path)
         self.label = _column(kinds, "ClassLabel", "label", path)
         named = getattr(features[self.label], "num_classes", None)
-        labels = self.rows[self.label] if named is None else ()
-        self.labels = [label if on_bad == "raise" or label < LABEL_LIMIT else -1 for label in labels]
-        self.num_classes = 1 + max(self.labels, default=-1) if named is None else int(named)
+        self.labels = list(self.rows[self.label]) if named is None else []
+        counted = [label for label in self.labels if on_bad == "raise" or label < LABEL_LIMIT]
+        self.num_classes = 1 + max(counted, default=-1) if named is None else int(named)
         self.side, self.sample_shape = side, (3, side, side)
 
     def __len__(self) -> int:

@@ -155,7 +155,7 @@ class Loop:
     def abandon(self) -> None:
         """Flush the trackers as far as they can be: an error is on its way that is not to be hidden."""
         if self._trackers is not None:
-            with suppress(OutputError):
+            with suppress(Exception):
                 self._trackers.finish()
 
     def run(self, stop: StopRequest) -> bool:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from dydit.config import DataConfig
 from dydit.errors import DataError
-from dydit.latents.bad_data import OnBad, log_skipped
+from dydit.latents.bad_data import LABEL_LIMIT, OnBad, log_skipped
 from dydit.latents.image_folder import IMAGE_ENDINGS
-from dydit.training.hub_images import LABEL_LIMIT, pixel_side, square
+from dydit.training.hub_images import pixel_side, square
 
 LABEL_ENDING = ".cls"
 

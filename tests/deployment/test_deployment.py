@@ -355,6 +355,27 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torc
         read_safetensors(path)
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "schedule.safetensors"])
+def test_other_weights_or_masks_are_refused(tmp_path: Path, name: str) -> None:
+    model = small_dydit()
+    deployed(tmp_path, model, routed(model, capacities=False))
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} with sha256 \w{{12}}…; expected \w{{12}}….*export again"):
+        Deployment(tmp_path)
+    Deployment(tmp_path, verify=False)
+
+
+def test_other_latents_are_refused(tmp_path: Path) -> None:
+    model = small_dydit()
+    found = deployed(tmp_path, model, routed(model, capacities=False))
+    x, y = small_inputs(model.shape)
+    for wrong in (x.double(), x[..., :4]):
+        with pytest.raises(ValueError, match=r"latents of float.*; expected float32, \(batch, \[3, 8, 8\]\)"):
+            found(wrong, STEPS[0], y)
+
+
 def test_a_timestep_outside_of_the_schedule_is_refused(tmp_path: Path) -> None:
     model = small_dydit(0, mixed=False)
     found = deployed(tmp_path, model, routed(model, capacities=False))

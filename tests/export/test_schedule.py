@@ -129,6 +129,12 @@ def test_capacities_and_calibration_are_saved_and_loaded(conditioning: str, tmp_
     assert (loaded.capacities == capacities).all()
     assert loaded.calibration == found == loaded.manifest["calibration"]
     assert (loaded.macs_per_timestep(loaded.capacities) == schedule.macs_per_timestep(capacities)).all()
+    told = loaded.manifest["macs_per_timestep_at_capacity"]
+    assert (
+        told
+        == schedule.macs_per_timestep(capacities).tolist()
+        != loaded.manifest["macs_per_timestep_all_tokens"]
+    )
 
 
 def test_a_schedule_from_before_there_were_capacities_loads(tmp_path: Path) -> None:

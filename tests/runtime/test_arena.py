@@ -28,6 +28,7 @@ def test_tensors_never_overlap_and_their_places_come_back(steps: list[int]) -> N
     arena, alive, number = Arena(4096), [], 0
     for step in steps:
         if step < 0:
+            tensor = kept = None
             del alive[: min(-step, len(alive)) : 2]
             continue
         tensor = arena.empty((step,), BYTES)

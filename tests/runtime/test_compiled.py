@@ -64,8 +64,8 @@ def distinct_shapes(schedule: SubnetSchedule) -> int:
     return len(np.unique(np.stack([heads, groups, schedule.capacities]).reshape(3, -1), axis=1).T)
 
 
-def largest_error(a: SubnetEngine, b: SubnetEngine, steps: list[float] = STEPS) -> float:
-    x, y = small_inputs(a.shape, batch=2)
+def largest_error(a: SubnetEngine, b: SubnetEngine, steps: list[float] = STEPS, batch: int = 2) -> float:
+    x, y = small_inputs(a.shape, batch=batch)
     return max(relative_error(a(x, t, y), b(x, t, y)) for t in steps)
 
 
@@ -84,6 +84,17 @@ def test_few_graphs_for_many_subnetworks(counter: Any, conditioning: str, mode: 
         assert 0 < first <= 14 < shapes
         assert largest_error(fast, eager) < 1e-5
         assert counter.frame_count == first  # a second run through the timesteps needs no further one
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_one_engine_serves_batches_of_any_size(counter: Any, mode: Mode) -> None:
+    """One of a single sample takes as many graphs again, as a size of 1 is never symbolic."""
+    model, schedule = many_subnetworks("adaln_zero")
+    eager = SubnetEngine(model, schedule, mode=mode)
+    fast = SubnetEngine(model, schedule, mode=mode, compile=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in (2, 1, 5, 3):
+            assert largest_error(fast, eager, batch=batch) < 1e-5
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
+from dydit.runtime import sliced
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.sliced import filled_up, self_attention
 from dydit.shapes import CONDITIONINGS
@@ -69,10 +70,13 @@ def test_an_octave_has_at_most_32_sizes() -> None:
         assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 32
 
 
-@pytest.mark.parametrize("most_scores", [0, 10**6])
+@pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCES])
-def test_attention_in_products_or_in_one_kernel(dtype: torch.dtype, most_scores: int) -> None:
+def test_attention_in_products_or_in_one_kernel(
+    dtype: torch.dtype, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliced, "SCORES", scores)
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
     expected = F.scaled_dot_product_attention(q, k, v)
-    found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype), most_scores)
+    found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype))
     assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)

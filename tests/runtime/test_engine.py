@@ -13,7 +13,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError, DataError, ScheduleError, ShapeError
 from dydit.export.schedule import SubnetSchedule
 from dydit.routing.routing import Routing
-from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.packing import block_bytes
 
 
@@ -119,8 +119,9 @@ def test_refuses_what_it_cannot_run() -> None:
         engine(x, 20.0, y + 1)
     with pytest.raises(ShapeError, match=r"labels of torch\.float32; expected whole numbers"):
         engine(x, 20.0, y.float())
-    with pytest.raises(ShapeError, match="a sample at least"):
-        engine(x[:0], torch.zeros(0), y[:0])
+    for t in (20.0, torch.zeros(0)):
+        with pytest.raises(ShapeError, match="a batch without samples; expected one at least"):
+            engine(x[:0], t, y[:0])
     with pytest.raises(ConfigError, match=r"an engine in torch\.int8; expected torch\.float32"):
         engine_of(model, dtype=torch.int8)
 
@@ -213,13 +214,19 @@ def test_a_tight_budget_changes_nothing_but_the_packings() -> None:
         engine_of(model, memory_budget=budget - 1)
 
 
-def test_threads_share_an_engine() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_threads_share_an_engine(mode: Mode, dtype: torch.dtype) -> None:
     model = small_dydit(config=DyDiTConfig(token_router_ratio=4, mlp_groups=8))
+    capacities = torch.arange(1, 7).view(len(TIMESTEPS), -1).numpy()
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
     blocks = [(model.adapter.attention(b), model.adapter.mlp(b)) for b in model.backbone.blocks]
-    engine = engine_of(model, memory_budget=max(block_bytes(*weights) for weights in blocks))
+    budget = max(block_bytes(*weights) for weights in blocks)
+    engine = SubnetEngine(model, schedule, dtype, memory_budget=budget, mode=mode)
 
     def sample(seed: int) -> Tensor:
         x, y = small_inputs(model.shape, seed=seed)
+        x = x.to(dtype)
         for t in TIMESTEPS * 5:
             x = x - 0.1 * engine(x, t, y)[:, :3]
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
 from torch import nn
 
+from dydit.config import DyDiTConfig
 from dydit.errors import ConfigError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import Mode, SubnetEngine
@@ -35,6 +37,20 @@ def test_all_fit_says_whether_anything_will_be_dropped() -> None:
     needed = plenty.statistics().bytes
     assert plenty.statistics().evictions == 0
     assert packs(needed).all_fit and not packs(needed - 1).all_fit
+    enough = packs(needed)
+    for position in range(len(TIMESTEPS)):
+        for block in range(2):
+            enough.get(position, block)
+    assert enough.statistics().evictions == 0 and enough.statistics().bytes == needed
+
+
+def test_views_need_no_arena() -> None:
+    model = small_dydit(config=DyDiTConfig(nested=True, token_router_ratio=4))
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS), memory_budget=math.inf)
+    x, y = small_inputs(model.shape)
+    for t in TIMESTEPS:
+        engine(x, t, y)
+    assert engine.pack_statistics().bytes == 0 and engine._packs._cache._arena is None
 
 
 def test_the_default_budget_is_one_more_copy_of_the_blocks() -> None:

@@ -41,6 +41,15 @@ def test_sigterm_asks_however_often_it_comes() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process that a shell started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_interrupt_stops_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:
         send(signal.SIGINT)
