@@ -37,6 +37,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = convert(DiT.from_preset(options.preset), DyDiTConfig(open_bias=0.0, token_open_bias=0.0))
+    with torch.no_grad():
+        for parameter in model.router_parameters():  # fresh ones decide the same at every timestep
+            parameter.normal_(std=0.1)
     settings = SamplerConfig(name="ddpm", steps=options.steps)
     timesteps = make_sampler(settings, model.shape.learn_sigma).timesteps
     taken = []
