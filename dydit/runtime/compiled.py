@@ -25,7 +25,7 @@ def compiled_stages() -> Stages:
         attend=_compiled(SlicedBlock.attend),
         mlp_of_all=_compiled(SlicedBlock.mlp_of_all),
         mlp_of_kept=_of_any_number(_compiled(SlicedBlock.mlp_of_kept)),
-        mlp_of_top=_compiled(SlicedBlock.mlp_of_top),
+        mlp_of_top=_of_several(_compiled(SlicedBlock.mlp_of_top)),
     )
 
 
@@ -61,6 +61,20 @@ def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
+
+
+def _of_several(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``mlp_of_top`` for several tokens per sample; one, a size that is never symbolic, is not compiled."""
+
+    @wraps(stage)
+    def run(
+        block: SlicedBlock, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int
+    ) -> Tensor:
+        if k == 1:
+            return block.mlp_of_top(x, m, packed, logits, k)
+        return stage(block, x, m, packed, logits, k)
+
+    return run
 
 
 def _of_any_number(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
