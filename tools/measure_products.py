@@ -1,4 +1,4 @@
-"""Why three products are written as they are: the chosen form against the plain one, in turns, on this CPU.
+"""Why products and copies are written as they are: the chosen form against the plain one, in turns.
 
     python tools/measure_products.py
 
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import cycle
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dydit.adapters.base import MlpParts
 from dydit.compute.latency import measure_interleaved, paired_speedup
 from dydit.models.blocks import ModulationLinear
-from dydit.runtime.packing import take
-from dydit.runtime.sliced import self_attention
+from dydit.runtime.layers import self_attention
+from dydit.runtime.slots import mlp_slots
 
 D, HEADS, HEAD_DIM, GROUPS, TOKENS = 1152, 16, 72, 16, 256
 LAYERS = 10  # so many that their weights do not stay in the cache
@@ -46,12 +48,18 @@ def attention(batch: int, heads: int, tokens: int = TOKENS) -> Forms:
     )
 
 
-def packing(dtype: torch.dtype) -> Forms:
-    """Half of fc2's columns, cut out group by group, against column by column."""
-    weight, units = torch.randn(D, 4 * D).to(dtype), 4 * D // GROUPS
-    groups = np.arange(0, GROUPS, 2)
-    columns = torch.from_numpy((groups[:, None] * units + np.arange(units)).ravel())
-    return lambda: weight.index_select(1, columns), lambda: take(weight, groups, units, 1)
+def packing(dtype: torch.dtype, changed: int) -> Forms:
+    """Half of an MLP's weights in slots, ``changed`` of the groups new, against all rows and columns."""
+    layers = (nn.Linear(D, 4 * D, dtype=dtype), nn.Linear(4 * D, D, dtype=dtype))
+    fc1, fc2 = (layer.requires_grad_(False) for layer in layers)
+    units, masks = 4 * D // GROUPS, [np.arange(GROUPS // 2), np.arange(GROUPS // 2)]
+    masks[1][:changed] += GROUPS // 2
+    rows = torch.from_numpy((masks[0][:, None] * units + np.arange(units)).ravel())
+    slots, orders = mlp_slots(MlpParts(fc1, nn.Identity(), fc2), GROUPS, GROUPS // 2), cycle(masks)
+    return (
+        lambda: [fc1.weight.index_select(0, rows), fc2.weight.index_select(1, rows)],
+        lambda: slots.fill(next(orders))[1],
+    )
 
 
 def cases() -> Iterator[tuple[str, Forms]]:
@@ -64,7 +72,8 @@ def cases() -> Iterator[tuple[str, Forms]]:
     for heads in (HEADS, HEADS // 2):
         yield f"attention, 1,024 tokens, batch 2, {heads} heads, bf16", attention(2, heads, 1024)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        yield f"packing of columns, {name}", packing(dtype)
+        for changed in (GROUPS // 2, 1):
+            yield f"packing of an MLP, {changed} of {GROUPS // 2} groups new, {name}", packing(dtype, changed)
 
 
 @torch.no_grad()

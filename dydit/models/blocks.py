@@ -51,11 +51,15 @@ class Modulation(NamedTuple):
     gate_mlp: Tensor | None = None
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None."""
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None.
+
+    Args:
+        out: memory (B, N, D) for the result, where there is something to modulate by; None: new memory.
+    """
     if shift is None or scale is None:
         return x
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1), out=out)
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -4,103 +4,143 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from dydit.errors import ConfigError
-from dydit.runtime.arena import Arena
-from dydit.runtime.packing import New
+from dydit.runtime.packing import tensors_of
+from dydit.runtime.slots import Slots
+from dydit.runtime.streams import Ready
 
 
-class Sized(Protocol):
-    """What a cache keeps."""
+@dataclass(frozen=True)
+class Cut:
+    """An attention or an MLP cut down to one mask, by copies.
 
-    @property
-    def copied_bytes(self) -> int:
-        """Memory that it takes beyond the original weights."""
+    Attributes:
+        key: of the slots. Cuts of one key share them: what the one had is written over by the other.
+        mask: tells the cuts of one key apart.
+        size: bytes of the slots.
+        order: component in each slot.
+        make: makes the slots.
+    """
+
+    key: Hashable
+    mask: int
+    size: int
+    order: np.ndarray
+    make: Callable[[], Slots]
 
 
-Packing = TypeVar("Packing", bound=Sized)
+@dataclass
+class _Entry:
+    """Slots, and the packing they hold.
+
+    ``users`` is how many are reading it. Memory must not be written over before they have ended; on a GPU,
+    where the work goes on after that, streams see to it (``Ready``).
+    """
+
+    slots: Slots
+    mask: int | None = None
+    packed: Any = None  # a PackedAttention or a PackedMlp
+    ready: Ready = field(default_factory=lambda: Ready([]))
+    users: int = 0
 
 
 class PackCache:
-    """Packings by key, least recently used out first, never above ``budget`` bytes of copies.
+    """Slots by key, least recently used out first, never above ``budget`` bytes.
 
-    Safe for several threads: a packing in use stays alive through its reference.
+    Safe for several threads: what one is reading is neither dropped nor written over; others wait for it.
 
     Attributes:
         budget: bytes; none before ``reset``.
-        bytes: memory that the packings take beyond the original weights.
-        evictions: packings dropped so far.
+        bytes: memory that the slots take.
+        copied: bytes copied into them so far.
+        evictions: packings dropped or written over so far.
     """
 
     def __init__(self) -> None:
-        self.budget = self.bytes = self.evictions = 0
-        self._arena: Arena | None = None
-        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self.budget: float = 0
+        self.bytes = self.copied = self.evictions = 0
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._changed = threading.Condition()
 
-    def reset(self, budget: int, arena: Arena | None = None) -> None:
-        """Forget every packing; the count of evictions goes on.
+    def reset(self, budget: float) -> None:
+        """Forget every packing; what is counted goes on.
 
         Args:
-            budget: bytes, from now on.
-            arena: what copies are made in; None: wherever PyTorch puts them.
+            budget: bytes, from now on; at least those of all cuts that are asked for together.
         """
-        with self._lock:
+        with self._changed:
             self._entries.clear()
-            self.budget, self.bytes, self._arena = budget, 0, arena
+            self.budget, self.bytes = budget, 0
 
-    def get(self, key: Hashable, size: int, make: Callable[[New], Packing]) -> Packing:
-        """The packing under ``key``, of ``size`` bytes of copies, made by ``make`` where it is not there.
+    @contextmanager
+    def using(self, cuts: Sequence[Cut]) -> Iterator[tuple[list[Any], bool]]:
+        """The packings of ``cuts``, to read within the ``with``; and whether any had to be made.
 
-        Others leave before it is made, so that the copies never take more than the budget together.
-
-        Args:
-            make: gets a function that gives its copies their memory.
+        All of them at once, so that no two threads wait for each other.
         """
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-            while self._entries and self.bytes + size > self.budget:
-                self._drop_oldest()
-            packed = self._entries[key] = make(self._new)
-            self.bytes += packed.copied_bytes
-            return packed
+        with self._changed:
+            self._changed.wait_for(lambda: self._can_have(cuts))
+            made = self._make(cuts)
+            entries = [self._entries[cut.key] for cut in cuts]
+            for entry in entries:
+                entry.users += 1
+        try:
+            yield [entry.packed for entry in entries], made
+        finally:
+            with self._changed:
+                for entry in entries:
+                    entry.users -= 1
+                self._changed.notify_all()
 
-    def _new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Memory in the arena, where the oldest packings leave until there is a gap."""
-        if self._arena is None or like.device.type != "cpu":
-            return like.new_empty(shape)
-        while (new := self._arena.empty(shape, like.dtype)) is None:
-            if not self._entries:  # what was dropped is still in use, in other threads or by this block
-                return like.new_empty(shape)
-            self._drop_oldest()
-        return new
+    def _can_have(self, cuts: Sequence[Cut]) -> bool:
+        """Whether nobody is reading what would have to be written over or dropped."""
+        held = {cut.key: self._entries[cut.key] for cut in cuts if cut.key in self._entries}
+        if any(held[cut.key].users and held[cut.key].mask != cut.mask for cut in cuts if cut.key in held):
+            return False
+        missing = sum(cut.size for cut in cuts if cut.key not in held)
+        stay = (e.slots.bytes for key, e in self._entries.items() if e.users or key in held)
+        return not missing or sum(stay) + missing <= self.budget
 
-    def _drop_oldest(self) -> None:
-        _, dropped = self._entries.popitem(last=False)
-        self.bytes -= dropped.copied_bytes
-        self.evictions += 1
+    def _make(self, cuts: Sequence[Cut]) -> bool:
+        """Have the cuts' packings in the cache; whether one had to be made."""
+        made = False
+        for cut in cuts:
+            if cut.key not in self._entries:
+                self._make_room(cut.size, {cut.key for cut in cuts})
+                self._entries[cut.key] = _Entry(cut.make())
+                self.bytes += cut.size
+            entry = self._entries[cut.key]
+            if entry.mask != cut.mask:
+                self._fill(entry, cut)
+                made = True
+            entry.ready.on_this_stream()
+            self._entries.move_to_end(cut.key)
+        return made
+
+    def _fill(self, entry: _Entry, cut: Cut) -> None:
+        self.evictions += entry.mask is not None
+        entry.mask = None  # in case that the copy fails
+        entry.packed, copied = entry.slots.fill(cut.order)
+        entry.ready, entry.mask = Ready(tensors_of(entry.packed)), cut.mask
+        self.copied += copied
+
+    def _make_room(self, size: int, wanted: set[Hashable]) -> None:
+        for key in [key for key, e in self._entries.items() if not e.users and key not in wanted]:
+            if self.bytes + size <= self.budget:
+                return
+            dropped = self._entries.pop(key)
+            self.bytes -= dropped.slots.bytes
+            self.evictions += 1
 
 
-def arena_for(weight: Tensor, size: float) -> Arena | None:
-    """An arena of ``size`` bytes for copies of a CPU weight.
-
-    None for other devices, which PyTorch keeps such pools for, and where the system does not give the range.
-    """
-    if weight.device.type != "cpu" or not size:
-        return None
-    try:
-        return Arena(int(size))
-    except RuntimeError:  # torch's word for memory that there is not
-        return None
-
-
-def check_budget(budget: int, largest: int) -> None:
+def check_budget(budget: float, largest: int) -> None:
     """Refuse a budget that one packed block can exceed.
 
     Raises:

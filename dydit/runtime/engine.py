@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
+from dydit.runtime.workspace import Workspace, Workspaces
 
 Mode = Literal["exact", "capacity"]
 RUNS_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,7 +78,7 @@ class SubnetEngine(nn.Module):
         blocks = adapter.blocks(model.backbone)
         weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
         self._packs = SchedulePacks(weights, schedule, memory_budget)
-        self._compile, self._graphs = compile, CudaGraphs()
+        self._compile, self._graphs, self._workspaces = compile, CudaGraphs(), Workspaces()
         stages, threshold = compiled_stages() if compile else STAGES, schedule.routing.token_threshold
         self.blocks = nn.ModuleList(
             SlicedBlock(adapter, block, routers.token_router, threshold, stages)
@@ -176,6 +178,7 @@ class SubnetEngine(nn.Module):
             ConfigError: the memory budget is smaller than one block in the new dtype.
         """
         self._graphs.clear()
+        self._workspaces.clear()
         self._packs.forget()
         moved = super()._apply(fn, recurse)
         self._packs.measure()
@@ -202,10 +205,19 @@ class SubnetEngine(nn.Module):
         adapter, backbone = self.model.adapter, self.model.backbone
         tokens, cond = adapter.embed(backbone, x, t, y)
         tokens, fill_up = tokens.contiguous(), self._fills_up  # the token path works on its rows in place
-        for i, block in enumerate(self.blocks):
-            # No name for the slices: they may be dropped for the next block's as soon as they are used.
-            tokens = block(tokens, cond, self._packs.get(position, i), self._capacity(position, i), fill_up)
+        with self._workspace() as workspace:
+            for i, block in enumerate(self.blocks):
+                with self._packs.use(position, i) as packed:
+                    capacity = self._capacity(position, i)
+                    tokens = block(tokens, cond, packed, capacity, fill_up, workspace)
         return adapter.decode(backbone, tokens, cond)
+
+    def _workspace(self) -> AbstractContextManager[Workspace | None]:
+        """Memory for what blocks compute on their way, on the CPU; elsewhere PyTorch sees to it."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if self._compile or not on_cpu or torch.is_autocast_enabled("cpu"):
+            return nullcontext()
+        return self._workspaces.one()
 
     @property
     def _fills_up(self) -> bool:

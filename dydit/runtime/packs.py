@@ -1,35 +1,34 @@
-"""The packed weights of a schedule's subnetworks; the next timestep's are prepared beside the current one."""
+"""The packed weights of a schedule's subnetworks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime.arena import ALIGNMENT
-from dydit.runtime.cache import PackCache, arena_for, check_budget
+from dydit.runtime.cache import Cut, PackCache, check_budget
+from dydit.runtime.masks import Masks
 from dydit.runtime.packing import (
-    New,
     PackedAttention,
     PackedBlock,
     PackedMlp,
-    attention_bytes,
     block_bytes,
-    mlp_bytes,
-    pack_attention,
-    pack_mlp,
-    tensors_of,
+    group_bytes,
+    head_bytes,
+    view_attention,
+    view_mlp,
 )
+from dydit.runtime.slots import Slots, attention_slots, mlp_slots
 
-COPIES = 7  # tensors of a packing at most: weights and biases of q, k and v apart, and a weight
+View = PackedAttention | PackedMlp  # of weights, for which nothing is copied
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,9 @@ class PackStatistics:
         hits: blocks that were there.
         misses: blocks packed.
         bytes: memory that all packings take beyond the original weights.
-        evictions: packings, of an attention or an MLP, dropped.
+        evictions: packings, of an attention or an MLP, dropped or written over.
         views: blocks packed that took no memory.
+        copied: bytes copied to pack blocks.
     """
 
     hits: int
@@ -49,15 +49,16 @@ class PackStatistics:
     bytes: int
     evictions: int
     views: int
-
-
-Part = TypeVar("Part", PackedAttention, PackedMlp)
+    copied: int
 
 
 class SchedulePacks:
     """Packed blocks by timestep, made when they are first asked for.
 
     A block's attention and its MLP are packed apart: once per mask of heads, and once per mask of groups.
+    Where the budget holds the copies of the whole schedule they all stay. Else, on the CPU, each block has
+    slots for its largest masks, and the next mask takes the place of the last; on a GPU, which prepares the
+    next timestep beside the current one, each mask has slots of its own.
 
     Args:
         weights: attention and MLP of each block.
@@ -75,47 +76,45 @@ class SchedulePacks:
         self,
         weights: Sequence[tuple[AttentionParts, MlpParts]],
         schedule: SubnetSchedule,
-        budget: int | None = None,
+        budget: float | None = None,
     ) -> None:
-        self._weights, self._schedule, self._asked = weights, schedule, budget
-        self._head_masks, self._head_rows = _distinct(schedule.head_rows, schedule.rows)
-        self._group_masks, self._group_rows = _distinct(schedule.group_rows, schedule.rows)
+        self._asked = budget
+        attentions, mlps = zip(*weights, strict=True)
+        heads, groups = (Masks(rows, schedule.rows) for rows in (schedule.head_rows, schedule.group_rows))
+        G = schedule.shape.mlp_groups
+        self._kinds: tuple[_Kind, ...] = (
+            _Kind(heads, attentions, head_bytes, view_attention, attention_slots),
+            _Kind(groups, mlps, partial(group_bytes, groups=G), view_mlp, partial(mlp_slots, groups=G)),
+        )
+        self._blocks = weights
         self._cache = PackCache()
-        self.measure()
-        self._side: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
         self._hits = self._misses = self._views = 0
+        self._side: torch.cuda.Stream | None = None
+        self.measure()
 
-    def get(self, position: int, block: int, counted: bool = True) -> PackedBlock:
-        """A block's slices for the schedule's timestep at ``position``.
+    @contextmanager
+    def use(self, position: int, block: int, counted: bool = True) -> Iterator[PackedBlock]:
+        """A block's slices for the schedule's timestep at ``position``, to read within the ``with``.
 
         Args:
             counted: whether slices that are there count as hits.
         """
-        made = False
-
-        def part(key: tuple[str, int, int], pack: Callable[[New], Part]) -> Part:
-            def make(new: New) -> _Made[Part]:
-                nonlocal made
-                made = True
-                return _Made(pack(new))
-
-            return self._cache.get(key, self._sizes[key], make).on_this_stream()
-
-        attention, mlp = self._weights[block]
-        head, group = int(self._head_rows[position, block]), int(self._group_rows[position, block])
-        packed = PackedBlock.of(
-            part(("heads", block, head), partial(pack_attention, attention, self._head_masks[head])),
-            part(("groups", block, group), partial(pack_mlp, mlp, self._group_masks[group])),
-        )
-        with self._lock:
-            self._misses += made
-            self._views += made and not packed.copied_bytes
-            self._hits += counted and not made
-        return packed
+        parts, new_view = self._parts(position, block)
+        with self._cache.using([part for part in parts if isinstance(part, Cut)]) as (copies, copied):
+            made = iter(copies)
+            attention, mlp = (next(made) if isinstance(part, Cut) else part for part in parts)
+            packed = PackedBlock.of(attention, mlp)
+            missed = copied or new_view
+            with self._lock:
+                self._misses += missed
+                self._views += missed and not packed.copied_bytes
+                self._hits += counted and not missed
+            yield packed
 
     def forget(self) -> None:
-        """Drop every packing, and the memory that was kept for them: the weights are about to move."""
+        """Drop every packing: the weights are about to move."""
+        self._known: dict[tuple[int, int, int], Cut | View] = {}
         self._cache.reset(self._cache.budget)
 
     def measure(self) -> None:
@@ -124,23 +123,21 @@ class SchedulePacks:
         Raises:
             ConfigError: the budget is smaller than one block of what they are now.
         """
-        blocks = [block_bytes(*parts) for parts in self._weights]
+        blocks = [block_bytes(*parts) for parts in self._blocks]
         budget = sum(blocks) if self._asked is None else self._asked
-        self._sizes = self._measured()
-        copied = [size for size in self._sizes.values() if size]
-        self.all_fit = sum(copied) <= budget
-        self._cache.reset(budget)
         check_budget(budget, max(blocks))
-        attention, _ = self._weights[0]
-        padding = len(copied) * COPIES * ALIGNMENT  # never written
-        arena = arena_for(attention.out.weight, min(budget, sum(copied)) + padding)
-        self._cache.reset(budget, arena)
+        self.all_fit = sum(kind.bytes_of_copies() for kind in self._kinds) <= budget
+        self._one_for_all = not self.all_fit and not self._blocks[0][0].out.weight.is_cuda
+        self.forget()
+        self._cache.reset(budget)
 
     def statistics(self) -> PackStatistics:
         """Counters so far."""
         cache = self._cache
         with self._lock:
-            return PackStatistics(self._hits, self._misses, cache.bytes, cache.evictions, self._views)
+            return PackStatistics(
+                self._hits, self._misses, cache.bytes, cache.evictions, self._views, cache.copied
+            )
 
     def prepare_next(self, position: int, device: torch.device) -> None:
         """Make the slices of the timestep after ``position``, on a GPU beside what it computes from now on.
@@ -148,7 +145,7 @@ class SchedulePacks:
         On the CPU there is nothing beside. Nor is it done where two timesteps' slices do not fit the budget:
         it would push out what is still needed.
         """
-        if device.type != "cuda" or position + 1 == len(self._schedule.timesteps):
+        if device.type != "cuda" or position + 1 == len(self._kinds[0].masks.numbers):
             return
         if self._size_at(position) + self._size_at(position + 1) > self._cache.budget:
             return
@@ -156,65 +153,68 @@ class SchedulePacks:
             self._side = torch.cuda.Stream(device)
         self._side.wait_stream(torch.cuda.current_stream(device))  # the weights may be in the making
         with torch.cuda.stream(self._side):
-            for block in range(len(self._weights)):
-                self.get(position + 1, block, counted=False)
+            for block in range(len(self._blocks)):
+                with self.use(position + 1, block, counted=False):
+                    pass
 
     def _size_at(self, position: int) -> int:
-        keys = (
-            (kind, block, int(row))
-            for kind, rows in (("heads", self._head_rows), ("groups", self._group_rows))
-            for block, row in enumerate(rows[position])
+        parts = (part for block in range(len(self._blocks)) for part in self._parts(position, block)[0])
+        return sum(part.size for part in parts if isinstance(part, Cut))
+
+    def _parts(self, position: int, block: int) -> tuple[list[Any], bool]:
+        """A block's attention and MLP; and whether one is a view that was made only now."""
+        found, new_view = [], False
+        for index, kind in enumerate(self._kinds):
+            number = int(kind.masks.numbers[position, block])
+            key = index, block, number
+            with self._lock:
+                if key not in self._known:
+                    self._known[key] = kind.part(block, number, (index, block), self._one_for_all)
+                    new_view |= not isinstance(self._known[key], Cut)
+                found.append(self._known[key])
+        return found, new_view
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is packed by masks of one kind: the attentions, or the MLPs, of all blocks.
+
+    Attributes:
+        masks: of the schedule.
+        parts: by block.
+        component_bytes: of a part's copy of one component.
+        view: a part's packing for a mask that copies nothing.
+        slots: a part's slots, so many.
+    """
+
+    masks: Masks
+    parts: Sequence[Any]
+    component_bytes: Callable[[Any], int]
+    view: Callable[[Any, np.ndarray], View]
+    slots: Callable[..., Slots]
+
+    def bytes_of_copies(self) -> int:
+        """Of every mask's of every block."""
+        return sum(
+            int(self.masks.counts_of_copies(block).sum()) * self.component_bytes(part)
+            for block, part in enumerate(self.parts)
         )
-        return sum(self._sizes[key] for key in keys)
 
-    def _measured(self) -> dict[tuple[str, int, int], int]:
-        """Bytes of copies of every packing of the schedule: ``heads`` or ``groups``, block, row."""
-        found = {}
-        for block, (attention, mlp) in enumerate(self._weights):
-            for row in np.unique(self._head_rows[:, block]).tolist():
-                found["heads", block, row] = attention_bytes(attention, self._head_masks[row])
-            for row in np.unique(self._group_rows[:, block]).tolist():
-                found["groups", block, row] = mlp_bytes(mlp, self._group_masks[row])
-        return found
+    def part(self, block: int, number: int, key: tuple[int, int], one_for_all: bool) -> Cut | View:
+        """A block's part cut down to one of its masks.
 
-
-@dataclass
-class _Made(Generic[Part]):
-    """A packing, and the GPU streams that may read it: others wait until it is there, and hold its memory."""
-
-    packed: Part
-    ready: Any = None
-    streams: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        if (device := self._device()) is not None:
-            stream = torch.cuda.current_stream(device)
-            self.ready = stream.record_event()
-            self.streams.add(stream.cuda_stream)
-
-    @property
-    def copied_bytes(self) -> int:
-        """Memory that it takes beyond the original weights."""
-        return self.packed.copied_bytes
-
-    def on_this_stream(self) -> Part:
-        """The packing, for use on the current stream."""
-        if self.ready is not None and (device := self._device()) is not None:
-            stream = torch.cuda.current_stream(device)
-            if stream.cuda_stream not in self.streams:
-                stream.wait_event(self.ready)
-                for tensor in tensors_of(self.packed):
-                    tensor.record_stream(stream)  # its memory must not go to others before
-                self.streams.add(stream.cuda_stream)
-        return self.packed
-
-    def _device(self) -> torch.device | None:
-        """The GPU that copies lie on; None for views, and on the CPU."""
-        tensors: list[Tensor] = tensors_of(self.packed) if self.packed.copied_bytes else []
-        return tensors[0].device if tensors and tensors[0].is_cuda else None
-
-
-def _distinct(masks: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct ones of masks (U, K), and their rows (S, L) where ``rows`` (S, L) point into ``masks``."""
-    distinct, index = np.unique(masks, axis=0, return_inverse=True)
-    return distinct, index.reshape(-1)[rows]
+        Args:
+            one_for_all: whether all masks of the block share slots, else each has its own.
+        """
+        part, mask = self.parts[block], self.masks.distinct[number]
+        if self.masks.views[number]:
+            return self.view(part, mask)
+        order = self.masks.order(block, number)
+        capacity = int(self.masks.counts_of_copies(block).max()) if one_for_all else len(order)
+        return Cut(
+            key=key if one_for_all else (*key, number),
+            mask=number,
+            size=capacity * self.component_bytes(part),
+            order=order,
+            make=partial(self.slots, part, capacity=capacity),
+        )

@@ -14,50 +14,9 @@ from dydit.adapters.base import Adapter
 from dydit.models.blocks import Conditioning, Modulation, add_gated, modulate
 from dydit.routing.gates import logit
 from dydit.routing.tokens import top_tokens
+from dydit.runtime.layers import sliced_attention, sliced_mlp
 from dydit.runtime.packing import PackedBlock
-
-SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
-
-
-def sliced_attention(packed: PackedBlock, x: Tensor) -> Tensor:
-    """Self-attention of the active heads over x (B, N, D)."""
-    B, N, D = x.shape
-    if not packed.qkv:  # no head: what is left of the layer is the bias of its output projection
-        bias = packed.out[1]
-        return x.new_zeros(B, N, D) if bias is None else bias.expand(B, N, D)
-    projected = [F.linear(x, *layer) for layer in packed.qkv]
-    if len(projected) == 1:
-        q, k, v = projected[0].view(B, N, 3, -1, packed.head_dim).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
-    else:
-        q, k, v = (p.view(B, N, -1, packed.head_dim).transpose(1, 2) for p in projected)
-    attended = self_attention(q, k, v)
-    return F.linear(attended.transpose(1, 2).reshape(B, N, -1), *packed.out)
-
-
-def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
-
-    In bfloat16 on the CPU, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two products and
-    the softmax, of as many heads at a time as have ``SCORES`` scores (``tools/measure_products.py``). Not in
-    compiled code, whose sizes are symbolic.
-    """
-    B, h, N, d = q.shape
-    in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if not in_products or N * N > SCORES:
-        return F.scaled_dot_product_attention(q, k, v)
-    split = (t.reshape(B * h, N, d).split(SCORES // (N * N)) for t in (q * d**-0.5, k, v))
-    parts = [
-        torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v) for q, k, v in zip(*split, strict=True)
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(B, h, N, d)
-
-
-def sliced_mlp(packed: PackedBlock, act: Any, x: Tensor) -> Tensor:
-    """MLP of the active groups over x (..., D)."""
-    if packed.fc1 is None:
-        bias = packed.fc2[1]
-        return torch.zeros_like(x) if bias is None else bias.expand_as(x)
-    return F.linear(act(F.linear(x, *packed.fc1)), *packed.fc2)
+from dydit.runtime.workspace import Workspace, over, space
 
 
 def filled_up(count: int) -> int:
@@ -116,6 +75,7 @@ class SlicedBlock(nn.Module):
         packed: PackedBlock,
         capacity: int | None = None,
         fill_up: bool = False,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         """Tokens x (B, N, D) to tokens (B, N, D).
 
@@ -125,12 +85,15 @@ class SlicedBlock(nn.Module):
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
             fill_up: whether the MLP of some tokens is to run on ``filled_up`` many.
+            workspace: memory for what is computed on the way; None: new memory. Not for compiled stages.
         """
-        stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
-        x, m, logits = stages.attend(self, x, cond, packed)
+        stages, room = self._stages, {"workspace": workspace} if workspace is not None else {}
+        if torch.jit.is_tracing():  # fvcore counts what it can trace: no compiled code, no ``out``
+            stages, room = STAGES, {}
+        x, m, logits = stages.attend(self, x, cond, packed, **room)
         B, N, _ = x.shape
         if logits is None or capacity == N:
-            return stages.mlp_of_all(self, x, m, packed)
+            return stages.mlp_of_all(self, x, m, packed, **room)
         if capacity == 0:
             return x
         if capacity is None:
@@ -138,32 +101,42 @@ class SlicedBlock(nn.Module):
         elif fill_up:
             kept = top_rows(logits, capacity)
         else:
-            return stages.mlp_of_top(self, x, m, packed, logits, capacity)
+            return stages.mlp_of_top(self, x, m, packed, logits, capacity, **room)
         if len(kept) == B * N:
-            return stages.mlp_of_all(self, x, m, packed)
+            return stages.mlp_of_all(self, x, m, packed, **room)
         if not len(kept):
             return x
         rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept))) if fill_up else None
-        return stages.mlp_of_kept(self, x, m, packed, kept, rows)
+        return stages.mlp_of_kept(self, x, m, packed, kept, rows, **room)
 
     def attend(
-        self, x: Tensor, cond: Conditioning, packed: PackedBlock
+        self, x: Tensor, cond: Conditioning, packed: PackedBlock, workspace: Workspace | None = None
     ) -> tuple[Tensor, Modulation, Tensor | None]:
         """The block up to its MLP: tokens (B, N, D), a tensor of its own; modulation; token logits (B, N)."""
         adapter, block, router = self._parts
+        _restart(workspace)
         m = adapter.modulation(block, cond)
         normed = modulate(adapter.norms(block)[0](x), m.shift_attn, m.scale_attn)
-        x = add_gated(x, self.sliced_attention(packed, normed), m.gate_attn)
+        x = add_gated(x, self.sliced_attention(packed, normed, workspace), m.gate_attn)
         x = adapter.cross(block, x, cond)
         return x, m, None if router is None else router(x)
 
-    def mlp_of_all(self, x: Tensor, m: Modulation, packed: PackedBlock) -> Tensor:
+    def mlp_of_all(
+        self, x: Tensor, m: Modulation, packed: PackedBlock, workspace: Workspace | None = None
+    ) -> Tensor:
         """The MLP's branch of every token."""
+        _restart(workspace)
         normed = modulate(self._norm(x), m.shift_mlp, m.scale_mlp)
-        return add_gated(x, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
+        return add_gated(x, self.sliced_mlp(packed, self._act, normed, workspace), m.gate_mlp)
 
     def mlp_of_kept(
-        self, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        m: Modulation,
+        packed: PackedBlock,
+        kept: Tensor,
+        rows: Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         """The MLP's branch of the tokens at ``kept`` (K,) of the flattened batch, added to x in place.
 
@@ -173,27 +146,40 @@ class SlicedBlock(nn.Module):
             rows: tokens (K',) to compute, of which ``kept`` are the first; None: these alone.
         """
         B, N, D = x.shape
+        _restart(workspace)
         rows = kept if rows is None else rows
         sample = rows // N
         shift, scale, gate = (
-            None if row is None else row.index_select(0, sample)
+            None if row is None else _gather(row, sample, workspace)
             for row in (m.shift_mlp, None if m.scale_mlp is None else 1 + m.scale_mlp, m.gate_mlp)
         )  # (K', D) each
         flat = x.view(B * N, D)
-        tokens = self._norm(flat.index_select(0, rows))
+        tokens = self._norm(_gather(flat, rows, workspace))
         if shift is not None and scale is not None:
-            tokens = torch.addcmul(shift, tokens, scale)
-        update = self.sliced_mlp(packed, self._act, tokens)
-        update = update if gate is None else update * gate
+            tokens = torch.addcmul(shift, tokens, scale, out=over(workspace, shift))
+        update = self.sliced_mlp(packed, self._act, tokens, workspace)
+        if gate is not None:
+            update = torch.mul(gate, update, out=over(workspace, gate))
         return _add_rows(flat, kept, update if rows is kept else update[: len(kept)]).view(B, N, D)
 
-    def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
+    def mlp_of_top(
+        self,
+        x: Tensor,
+        m: Modulation,
+        packed: PackedBlock,
+        logits: Tensor,
+        k: int,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""
         B, N, D = x.shape
+        _restart(workspace)
         rows, flat = top_rows(logits, k), x.view(B * N, D)
-        tokens = self._norm(flat.index_select(0, rows).view(B, k, D))
-        update = self.sliced_mlp(packed, self._act, modulate(tokens, m.shift_mlp, m.scale_mlp))
-        update = update if m.gate_mlp is None else update * m.gate_mlp.unsqueeze(1)
+        gathered = _gather(flat, rows, workspace).view(B, k, D)
+        tokens = modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp, out=over(workspace, gathered))
+        update = self.sliced_mlp(packed, self._act, tokens, workspace)
+        if m.gate_mlp is not None:
+            update = torch.mul(update, m.gate_mlp.unsqueeze(1), out=space(workspace, update, *update.shape))
         return _add_rows(flat, rows, update.view(-1, D)).view(B, N, D)
 
     @property
@@ -212,6 +198,16 @@ def top_rows(logits: Tensor, k: int) -> Tensor:
     B, N = logits.shape
     first = N * torch.arange(B, device=logits.device).unsqueeze(1)
     return (top_tokens(logits, k) + first).flatten()
+
+
+def _restart(workspace: Workspace | None) -> None:
+    if workspace is not None:
+        workspace.restart()
+
+
+def _gather(x: Tensor, rows: Tensor, workspace: Workspace | None) -> Tensor:
+    """x (K, D) at ``rows`` (K',)."""
+    return torch.index_select(x, 0, rows, out=space(workspace, x, rows.shape[0], x.shape[1]))
 
 
 def _add_rows(flat: Tensor, rows: Tensor, update: Tensor) -> Tensor:

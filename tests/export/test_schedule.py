@@ -22,7 +22,7 @@ from dydit.export.artefact import read_artefact, write_artefact
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.routing.routing import Routing
-from dydit.runtime.packing import pack_block
+from dydit.runtime.packs import SchedulePacks
 from dydit.shapes import CONDITIONINGS
 
 
@@ -188,12 +188,12 @@ def test_view_share_counts_the_packings_that_copy_nothing(seed: int) -> None:
     route_widths(model, TIMESTEPS, heads, groups)
     schedule = SubnetSchedule.from_model(model, TIMESTEPS)
     blocks = model.adapter.blocks(model.backbone)
-    weights = [(model.adapter.attention(block), model.adapter.mlp(block)) for block in blocks]
-    copied = [
-        pack_block(*weights[block], heads[step, block], groups[step, block]).copied_bytes
-        for step in range(len(TIMESTEPS))
-        for block in range(model.shape.depth)
-    ]
+    packs = SchedulePacks([(model.adapter.attention(b), model.adapter.mlp(b)) for b in blocks], schedule)
+    copied = []
+    for step in range(len(TIMESTEPS)):
+        for block in range(model.shape.depth):
+            with packs.use(step, block) as packed:
+                copied.append(packed.copied_bytes)
     assert schedule.view_share == pytest.approx(np.mean([not bytes_ for bytes_ in copied]))
 
 

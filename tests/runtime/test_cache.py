@@ -1,132 +1,162 @@
-"""Packings under a budget, in an arena or without one."""
+"""Packings under a budget, for several threads."""
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dydit.errors import ConfigError
-from dydit.runtime.arena import ALIGNMENT, Arena
-from dydit.runtime.cache import PackCache, arena_for, check_budget
-from dydit.runtime.packing import New
+from dydit.runtime.cache import Cut, PackCache, check_budget
+from dydit.runtime.packing import PackedMlp
+from dydit.runtime.slots import Slots
 
-LIKE = torch.zeros(1, dtype=torch.uint8)
-
-
-@dataclass
-class Entry:
-    """What the cache keeps: its size, and copies where a test makes some."""
-
-    copied_bytes: int
-    copies: list[Tensor] = field(default_factory=list)
+COMPONENTS = torch.arange(10.0).unsqueeze(1)  # component k has one number, k
 
 
-def make_cache(budget: int, arena: Arena | None = None) -> PackCache:
+def make_slots(capacity: int) -> Slots:
+    held = torch.empty(capacity, 1)
+    return Slots(capacity, 1, [(COMPONENTS, held)], lambda n: PackedMlp(None, (held[:n], None), n))
+
+
+def cut(key: str, components: list[int], capacity: int | None = None) -> Cut:
+    """Of components, one byte each; the mask's number is made of them."""
+    capacity = len(components) if capacity is None else capacity
+    number = int("1" + "".join(map(str, components)))
+    return Cut(key, number, capacity, np.array(components), partial(make_slots, capacity))
+
+
+def make_cache(budget: int) -> PackCache:
     cache = PackCache()
-    cache.reset(budget, arena)
+    cache.reset(budget)
     return cache
 
 
-def test_the_least_recently_used_packing_leaves_first() -> None:
+def values(packed: PackedMlp) -> list[int]:
+    return packed.fc2[0].flatten().int().tolist()
+
+
+def ask(cache: PackCache, *cuts: Cut) -> tuple[list[list[int]], bool]:
+    with cache.using(cuts) as (packed, made):
+        return [values(p) for p in packed], made
+
+
+def test_the_least_recently_used_slots_leave_first() -> None:
     cache = make_cache(10)
-    first, second, third = Entry(4), Entry(4), Entry(4)
-    assert cache.get("first", 4, lambda _: first) is first
-    assert cache.get("second", 4, lambda _: second) is second
-    assert cache.get("first", 4, lambda _: pytest.fail("made twice")) is first
-    assert cache.get("third", 4, lambda _: third) is third  # "second" has to go
-    assert cache.get("first", 4, lambda _: pytest.fail("the one just used was dropped")) is first
-    again = Entry(4)
-    assert cache.get("second", 4, lambda _: again) is again
-    assert (cache.bytes, cache.evictions) == (8, 2)
+    first, second, third = (cut(key, [1, 2, 3, 4]) for key in ("first", "second", "third"))
+    assert [ask(cache, c)[1] for c in (first, second, first)] == [True, True, False]
+    assert ask(cache, third)[1]  # "second" has to go
+    assert not ask(cache, first)[1] and ask(cache, second)[1]
+    assert (cache.bytes, cache.evictions, cache.copied) == (8, 2, 16)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), max_size=40))
+def test_another_mask_of_the_same_key_is_written_over() -> None:
+    cache = make_cache(10)
+    assert ask(cache, cut("a", [1, 2, 3], capacity=4)) == ([[1, 2, 3]], True)
+    assert ask(cache, cut("a", [1, 5, 3, 6], capacity=4)) == ([[1, 5, 3, 6]], True)
+    assert (cache.bytes, cache.evictions, cache.copied) == (4, 1, 5)
+
+
+def test_several_cuts_are_there_together() -> None:
+    cache = make_cache(6)
+    ask(cache, cut("old", [0, 1]))
+    assert ask(cache, cut("a", [1, 2]), cut("b", [3, 4])) == ([[1, 2], [3, 4]], True)
+    # "old" and then "a" have been idle longest, but "a" is wanted.
+    assert ask(cache, cut("a", [1, 2]), cut("c", [5, 6, 7])) == ([[1, 2], [5, 6, 7]], True)
+    assert cache.bytes == 5 and cache.evictions == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=40))
 def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
-    cache, made = make_cache(10), []
+    cache, held = make_cache(10), 0
+
+    def make(size: int) -> Slots:
+        assert cache.bytes + size <= 10  # room was made before
+        return make_slots(size)
+
     for key, size in requests:
-
-        def make(_: New, size: int = size) -> Entry:
-            alive = [packed() for packed in made]
-            assert sum(p.copied_bytes for p in alive if p is not None) + size <= 10  # room was made before
-            packed = Entry(size)
-            made.append(weakref.ref(packed))
-            return packed
-
-        cache.get(key, size, make)
-        assert cache.bytes <= 10
+        order = np.arange(size)
+        with cache.using([Cut((key, size), size, size, order, partial(make, size))]) as ((packed,), _):
+            assert values(packed) == order.tolist()
+        held = max(held, cache.bytes)
+    assert held <= 10
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 2000), st.booleans()), max_size=60))
-def test_in_an_arena_packings_make_room_and_nobody_elses_copies_are_touched(
-    requests: list[tuple[int, int, bool]],
-) -> None:
-    """Some packings stay in use after they were dropped, as in other threads."""
-    arena = Arena(4096)
-    cache, in_use = make_cache(4096, arena), []
-    for number, (key, size, keep) in enumerate(requests):
-
-        def make(new: New, size: int = size, number: int = number) -> Entry:
-            return Entry(size, [new(LIKE, (size,)).fill_(number)])
-
-        (copy,) = cache.get((key, size), size, make).copies
-        if keep:
-            in_use.append((copy, int(copy[0])))
-        assert cache.bytes <= 4096
-        for kept, value in in_use:
-            assert (kept == value).all()
+def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    return thread, found
 
 
-def test_a_gap_is_made_by_dropping_the_oldest_packings() -> None:
-    """Three of four quarters hold packings and two are dropped by bytes already: the rest is in two parts."""
-    cache = make_cache(4 * ALIGNMENT, Arena(4 * ALIGNMENT))
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(cut("a", [3, 4], capacity=3), id="written over"),
+        pytest.param(cut("b", [3, 4]), id="dropped"),
+    ],
+)
+def test_what_is_being_read_stays_until_it_was(other: Cut) -> None:
+    cache = make_cache(4)
+    with cache.using([cut("a", [1, 2, 7], capacity=3)]) as ((packed,), _):
+        thread, found = in_thread(lambda: ask(cache, other))
+        time.sleep(0.1)
+        assert not found and values(packed) == [1, 2, 7]
+        assert ask(cache, cut("a", [1, 2, 7], capacity=3))[1] is False  # who wants the same need not wait
+    thread.join(10)
+    assert found == [([[3, 4]], True)]
 
-    def get(key: str, quarters: int) -> Tensor:
-        size = quarters * ALIGNMENT
-        return cache.get(key, size, lambda new: Entry(size, [new(LIKE, (size,))])).copies[0]
 
-    places = [get(key, 1).data_ptr() for key in "abcd"]
-    assert places == [places[0] + i * ALIGNMENT for i in range(4)]
-    get("a", 1)
-    get("c", 1)
-    assert get("large", 2).data_ptr() == places[0]  # b and d leave first, but are no neighbours
-    assert (cache.bytes, cache.evictions) == (3 * ALIGNMENT, 3)
-    assert get("c", 1).data_ptr() == places[2]
+def test_threads_never_see_another_mask() -> None:
+    """Each asks for two cuts of few keys at a time, under a budget for little more than two."""
+    cache = make_cache(9)
 
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            keys = rng.choice(4, 2, replace=False)
+            orders = [rng.permutation(10)[: rng.integers(1, 4)].tolist() for _ in keys]
+            wanted = [cut(f"k{key}", order, capacity=4) for key, order in zip(keys, orders, strict=True)]
+            with cache.using(wanted) as (packed, _):
+                assert [values(p) for p in packed] == orders
+                time.sleep(0)
+                assert [values(p) for p in packed] == orders
+            assert cache.bytes <= 9
 
-def test_what_fits_no_gap_lies_elsewhere() -> None:
-    cache = make_cache(10**6, Arena(ALIGNMENT))
-    copy = cache.get("large", 1000, lambda new: Entry(1000, [new(LIKE, (1000,)).fill_(3)])).copies[0]
-    assert copy.sum() == 3000
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def test_a_failed_packing_leaves_the_cache_usable() -> None:
     cache = make_cache(10)
+    good = cut("key", [1])
+
+    def fail() -> Slots:
+        raise MemoryError
+
     with pytest.raises(MemoryError):
-        cache.get("key", 1, lambda _: (_ for _ in ()).throw(MemoryError()))
-    packed = Entry(1)
-    assert cache.get("key", 1, lambda _: packed) is packed
+        ask(cache, Cut("key", good.mask, 1, good.order, fail))
+    assert ask(cache, good) == ([[1]], True)
+    with pytest.raises(RuntimeError), cache.using([good]):
+        raise RuntimeError  # the reader's own
+    assert ask(cache, cut("key", [2])) == ([[2]], True)  # nobody is reading any more
 
 
 def test_reset_forgets_the_packings() -> None:
     cache = make_cache(10)
-    cache.get("key", 4, lambda _: Entry(4))
+    ask(cache, cut("key", [1, 2]))
     cache.reset(20)
     assert (cache.budget, cache.bytes) == (20, 0)
-    packed = Entry(4)
-    assert cache.get("key", 4, lambda _: packed) is packed
-
-
-def test_only_the_cpu_has_an_arena() -> None:
-    assert isinstance(arena_for(torch.zeros(1), 100), Arena)
-    assert arena_for(torch.zeros(1, device="meta"), 100) is None
-    assert arena_for(torch.zeros(1), 0) is None
-    assert arena_for(torch.zeros(1), 2**60) is None  # more than a process can address
+    assert ask(cache, cut("key", [1, 2]))[1]
 
 
 def test_a_budget_below_one_block_is_refused() -> None:

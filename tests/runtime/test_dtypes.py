@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime import sliced
+from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
-from dydit.runtime.sliced import filled_up, self_attention
+from dydit.runtime.layers import self_attention
+from dydit.runtime.sliced import filled_up
+from dydit.runtime.workspace import Workspace
 from dydit.shapes import CONDITIONINGS
 
 # Errors of a few roundings of 8 and 11 bits each, relative to the largest output.
@@ -75,8 +77,9 @@ def test_an_octave_has_at_most_32_sizes() -> None:
 def test_attention_in_products_or_in_one_kernel(
     dtype: torch.dtype, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sliced, "SCORES", scores)
+    monkeypatch.setattr(layers, "SCORES", scores)
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
     expected = F.scaled_dot_product_attention(q, k, v)
-    found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype))
-    assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)
+    for workspace in (None, Workspace()):
+        found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype), workspace)
+        assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)

@@ -1,23 +1,15 @@
+"""Views of a block's weights."""
+
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from core_builders import small_dit
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.adapters.dit import DiTAdapter
-from dydit.runtime.packing import (
-    attention_bytes,
-    block_bytes,
-    mlp_bytes,
-    pack_attention,
-    pack_block,
-    pack_mlp,
-)
+from dydit.runtime.packing import is_view, tensors_of, view_attention, view_mlp
 
 H, G, D = 4, 8, 32
 
@@ -35,90 +27,56 @@ def shares_storage(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
+def test_components_side_by_side_are_a_view() -> None:
+    assert all(is_view(mask(H, *on)) for on in ((), (0,), (2,), (1, 2), (0, 1, 2, 3)))
+    assert not any(is_view(mask(H, *on)) for on in ((0, 2), (0, 1, 3)))
+
+
 def test_everything_on_is_the_weights_themselves() -> None:
     attention, mlp = parts()
-    packed = pack_block(attention, mlp, np.ones(H, bool), np.ones(G, bool))
-    assert packed.copied_bytes == 0 and packed.head_dim == D // H
-    assert len(packed.qkv) == 1 and packed.fc1 is not None
-    for tensor, original in (
-        (packed.qkv[0][0], attention.qkv[0].weight),
-        (packed.qkv[0][1], attention.qkv[0].bias),
-        (packed.out[0], attention.out.weight),
-        (packed.fc1[0], mlp.fc1.weight),
-        (packed.fc1[1], mlp.fc1.bias),
-        (packed.fc2[0], mlp.fc2.weight),
-    ):
-        assert tensor is not None and tensor.data_ptr() == original.data_ptr()
+    heads, groups = view_attention(attention, np.ones(H, bool)), view_mlp(mlp, np.ones(G, bool))
+    assert heads.copied_bytes == groups.copied_bytes == 0 and heads.head_dim == D // H
+    assert len(heads.qkv) == 1 and not heads.by_head
+    layers = [attention.qkv[0], attention.out, mlp.fc1, mlp.fc2]
+    originals = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    for tensor, original in zip([*tensors_of(heads), *tensors_of(groups)], originals, strict=True):
+        assert tensor.data_ptr() == original.data_ptr() and tensor.shape == original.shape
         assert not tensor.requires_grad
 
 
 def test_one_run_of_heads_and_of_groups_is_a_view() -> None:
     attention, mlp = parts()
-    packed = pack_block(attention, mlp, mask(H, 1, 2), mask(G, 2, 3, 4))
-    assert packed.fc1 is not None and packed.fc1[1] is not None and packed.copied_bytes == 0
-    assert shares_storage(packed.fc1[0], mlp.fc1.weight)
-    assert shares_storage(packed.fc1[1], mlp.fc1.bias)
-    assert shares_storage(packed.fc2[0], mlp.fc2.weight)
-    assert shares_storage(packed.out[0], attention.out.weight)
+    heads, groups = view_attention(attention, mask(H, 1, 2)), view_mlp(mlp, mask(G, 2, 3, 4))
+    assert heads.copied_bytes == groups.copied_bytes == 0
     # The heads' rows lie in three places (q, k, v): three views.
-    assert len(packed.qkv) == 3
-    assert all(shares_storage(weight, attention.qkv[0].weight) for weight, _ in packed.qkv)
-
-
-def test_scattered_groups_are_a_copy_of_just_those() -> None:
-    attention, mlp = parts()
-    packed = pack_block(attention, mlp, np.ones(H, bool), mask(G, 0, 2))
-    assert packed.fc1 is not None and packed.fc1[1] is not None
-    rows = [*range(0, 16), *range(32, 48)]  # groups 0 and 2 of 16 units each
-    assert torch.equal(packed.fc1[0], mlp.fc1.weight[rows])
-    assert torch.equal(packed.fc1[1], mlp.fc1.bias[rows])
-    assert torch.equal(packed.fc2[0], mlp.fc2.weight[:, rows])
-    assert packed.copied_bytes == 4 * len(rows) * (D + 1 + D)
-
-
-@given(st.lists(st.booleans(), min_size=H, max_size=H), st.booleans())
-def test_heads_are_sliced_alike_from_fused_and_separate_layers(on: list[bool], bias: bool) -> None:
-    torch.manual_seed(0)
-    fused, out = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D)
-    separate = [nn.Linear(D, D, bias=bias) for _ in range(3)]
-    with torch.no_grad():
-        for layer, rows in zip(separate, fused.weight.split(D), strict=True):
-            layer.weight.copy_(rows)
-        if bias:
-            for layer, part in zip(separate, fused.bias.split(D), strict=True):
-                layer.bias.copy_(part)
-    _, mlp = parts()
-    ours, theirs = (
-        pack_block(AttentionParts(layers, out, H), mlp, np.array(on), np.ones(G, bool))
-        for layers in ((fused,), tuple(separate))
+    d, units = D // H, 4 * D // G
+    qkv, out, fc1, fc2 = attention.qkv[0], attention.out, mlp.fc1, mlp.fc2
+    assert len(heads.qkv) == 3 and not heads.by_head
+    for (weight, bias), start in zip(heads.qkv, (0, D, 2 * D), strict=True):
+        assert torch.equal(weight, qkv.weight[start + d : start + 3 * d])
+        assert bias is not None and torch.equal(bias, qkv.bias[start + d : start + 3 * d])
+        assert shares_storage(weight, qkv.weight) and shares_storage(bias, qkv.bias)
+    assert torch.equal(heads.out[0], out.weight[:, d : 3 * d]) and shares_storage(heads.out[0], out.weight)
+    assert groups.fc1 is not None and groups.fc1[1] is not None
+    assert torch.equal(groups.fc1[0], fc1.weight[2 * units : 5 * units])
+    assert torch.equal(groups.fc1[1], fc1.bias[2 * units : 5 * units])
+    assert torch.equal(groups.fc2[0], fc2.weight[:, 2 * units : 5 * units])
+    pairs = zip(
+        (groups.fc1[0], groups.fc1[1], groups.fc2[0]), (fc1.weight, fc1.bias, fc2.weight), strict=True
     )
-    assert bool(ours.qkv) == bool(theirs.qkv) == any(on)
-    if not any(on):
-        return
-    index = np.flatnonzero(on)
-    expected = fused.weight.unflatten(0, (3, H, -1))[:, index].flatten(0, 2)
-    for packed in (ours, theirs):
-        assert torch.equal(torch.cat([weight for weight, _ in packed.qkv]), expected)
-        assert all((b is not None) == bias for _, b in packed.qkv)
-    if bias:
-        expected_bias = fused.bias.unflatten(0, (3, H, -1))[:, index].flatten()
-        for packed in (ours, theirs):
-            assert torch.equal(torch.cat([b for _, b in packed.qkv if b is not None]), expected_bias)
-    if all(on):
-        assert theirs.copied_bytes == 0
-    assert torch.equal(ours.out[0], out.weight.unflatten(1, (H, -1))[:, index].flatten(1))
-    assert max(ours.copied_bytes, theirs.copied_bytes) <= block_bytes(AttentionParts((fused,), out, H), mlp)
+    assert all(shares_storage(tensor, original) for tensor, original in pairs)
 
 
-@pytest.mark.parametrize("layout", ["fused", "separate"])
-@given(
-    heads=st.lists(st.booleans(), min_size=H, max_size=H),
-    groups=st.lists(st.booleans(), min_size=G, max_size=G),
-)
-def test_the_size_of_a_packing_is_known_before(layout: str, heads: list[bool], groups: list[bool]) -> None:
+def test_separate_layers_stay_three() -> None:
+    out, layers = nn.Linear(D, D), tuple(nn.Linear(D, D, bias=False) for _ in range(3))
+    packed = view_attention(AttentionParts(layers, out, H), mask(H, 3))
+    for (weight, bias), layer in zip(packed.qkv, layers, strict=True):
+        assert torch.equal(weight, layer.weight[3 * D // H :]) and bias is None
+
+
+def test_nothing_on_leaves_the_biases_of_the_output_layers() -> None:
     attention, mlp = parts()
-    if layout == "separate":
-        attention = AttentionParts(tuple(nn.Linear(D, D) for _ in range(3)), attention.out, H)
-    head_mask, group_mask = np.array(heads), np.array(groups)
-    assert attention_bytes(attention, head_mask) == pack_attention(attention, head_mask).copied_bytes
-    assert mlp_bytes(mlp, group_mask) == pack_mlp(mlp, group_mask).copied_bytes
+    heads, groups = view_attention(attention, mask(H)), view_mlp(mlp, mask(G))
+    assert heads.qkv == () and groups.fc1 is None
+    assert heads.out[1] is not None and torch.equal(heads.out[1], attention.out.bias)
+    assert groups.fc2[1] is not None and torch.equal(groups.fc2[1], mlp.fc2.bias)

@@ -15,7 +15,7 @@ from dydit.config import DyDiTConfig
 from dydit.errors import ConfigError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import Mode, SubnetEngine
-from dydit.runtime.packing import block_bytes
+from dydit.runtime.packing import block_bytes, group_bytes, head_bytes
 from dydit.runtime.packs import SchedulePacks
 
 CPU = torch.device("cpu")
@@ -28,29 +28,47 @@ def packs(budget: int | None = None) -> SchedulePacks:
     return SchedulePacks(weights, SubnetSchedule.from_model(model, TIMESTEPS), budget)
 
 
+def use_all(found: SchedulePacks) -> None:
+    for position in range(len(TIMESTEPS)):
+        for block in range(2):
+            with found.use(position, block):
+                pass
+
+
 def test_all_fit_says_whether_anything_will_be_dropped() -> None:
     plenty = packs(10**9)
     assert plenty.all_fit
-    for position in range(len(TIMESTEPS)):
-        for block in range(2):
-            plenty.get(position, block)
+    use_all(plenty)
     needed = plenty.statistics().bytes
-    assert plenty.statistics().evictions == 0
+    assert plenty.statistics().evictions == 0 and plenty.statistics().copied == needed
     assert packs(needed).all_fit and not packs(needed - 1).all_fit
     enough = packs(needed)
-    for position in range(len(TIMESTEPS)):
-        for block in range(2):
-            enough.get(position, block)
+    use_all(enough)
     assert enough.statistics().evictions == 0 and enough.statistics().bytes == needed
+    use_all(enough)
+    assert enough.statistics().copied == needed
 
 
-def test_views_need_no_arena() -> None:
+def test_where_not_all_fits_a_block_has_room_for_its_largest_masks() -> None:
+    plenty = packs(10**9)
+    use_all(plenty)
+    needed = plenty.statistics()
+    found = packs(needed.bytes - 1)
+    use_all(found)
+    once = found.statistics()
+    assert once.bytes < needed.bytes and once.copied < needed.copied  # what two masks share stays
+    use_all(found)
+    assert found.statistics().bytes == once.bytes and found.statistics().evictions > 0
+
+
+def test_views_take_no_memory() -> None:
     model = small_dydit(config=DyDiTConfig(nested=True, token_router_ratio=4))
     engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS), memory_budget=math.inf)
     x, y = small_inputs(model.shape)
     for t in TIMESTEPS:
         engine(x, t, y)
-    assert engine.pack_statistics().bytes == 0 and engine._packs._cache._arena is None
+    found = engine.pack_statistics()
+    assert (found.bytes, found.copied) == (0, 0) and found.views == found.misses > 0
 
 
 def test_the_default_budget_is_one_more_copy_of_the_blocks() -> None:
@@ -83,12 +101,14 @@ def test_heads_and_groups_are_packed_once_per_mask_of_their_own() -> None:
         rows=np.repeat(np.arange(4, dtype=np.int32)[:, None], L, axis=1),
     )
     engine = SubnetEngine(model, crossed, memory_budget=10**9)
+    part = model.backbone.blocks[0]
+    head, group = head_bytes(model.adapter.attention(part)), group_bytes(model.adapter.mlp(part), G)
     x, y = small_inputs(model.shape)
     for t in crossed.timesteps:
         engine(x, t, y)
     found = engine.pack_statistics()
     assert (found.misses, found.hits) == (3 * L, L)  # the fourth pair is made of what is there
-    assert found.bytes == sum(engine._packs._sizes.values())
+    assert found.bytes == found.copied == 2 * L * ((H - 1) * head + (G - 1) * group)
 
 
 def test_a_conversion_measures_the_slices_anew() -> None:

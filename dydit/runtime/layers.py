@@ -1,0 +1,108 @@
+"""Attention and MLP on sliced weights, as functions.
+
+Each takes a ``workspace``: memory for what it computes on its way, and for its result; None: new memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dydit.runtime.packing import PackedBlock, Weights
+from dydit.runtime.workspace import Workspace, space
+
+SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
+
+
+def sliced_attention(packed: PackedBlock, x: Tensor, workspace: Workspace | None = None) -> Tensor:
+    """Self-attention of the active heads over x (B, N, D)."""
+    B, N, D = x.shape
+    if not packed.qkv:  # no head: what is left of the layer is the bias of its output projection
+        bias = packed.out[1]
+        return x.new_zeros(B, N, D) if bias is None else bias.expand(B, N, D)
+    projected, d = [linear(x, layer, workspace) for layer in packed.qkv], packed.head_dim
+    if packed.by_head:
+        q, k, v = projected[0].view(B, N, -1, 3, d).permute(3, 0, 2, 1, 4)  # (B, h, N, d) each
+    elif len(projected) == 1:
+        q, k, v = projected[0].view(B, N, 3, -1, d).permute(2, 0, 3, 1, 4)
+    else:
+        q, k, v = (p.view(B, N, -1, d).transpose(1, 2) for p in projected)
+    attended = self_attention(q, k, v, workspace).transpose(1, 2)  # (B, N, h, d)
+    return linear(_contiguous(attended, workspace).view(B, N, -1), packed.out, workspace)
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, workspace: Workspace | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
+
+    In bfloat16 on the CPU, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two products and
+    the softmax, of as many heads at a time as have ``SCORES`` scores (``tools/measure_products.py``). Not in
+    compiled code, whose sizes are symbolic.
+    """
+    N = q.shape[2]
+    in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    if not in_products or N * N > SCORES:
+        return F.scaled_dot_product_attention(q, k, v)
+    return _attention_in_products(q, k, v, SCORES // (N * N), workspace)
+
+
+def _attention_in_products(
+    q: Tensor, k: Tensor, v: Tensor, at_a_time: int, workspace: Workspace | None
+) -> Tensor:
+    """Attention of ``at_a_time`` heads after others."""
+    B, h, N, d = q.shape
+    q = torch.mul(q, d**-0.5, out=space(workspace, q, B, h, N, d))
+    k, v = _contiguous(k, workspace), _contiguous(v, workspace)
+    scores, weights = (space(workspace, q, min(at_a_time, B * h), N, N) for _ in range(2))
+    attended = space(workspace, q, B * h, N, d)
+    parts = []
+    for start in range(0, B * h, at_a_time):
+        end = min(start + at_a_time, B * h)
+        q_, k_, v_ = (t.reshape(B * h, N, d)[start:end] for t in (q, k, v))
+        scored = torch.bmm(q_, k_.transpose(1, 2), out=_first(scores, end - start))
+        weighed = torch.softmax(scored, -1, out=_first(weights, end - start))
+        parts.append(torch.bmm(weighed, v_, out=None if attended is None else attended[start:end]))
+    if attended is None:
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attended.view(B, h, N, d)
+
+
+def sliced_mlp(
+    packed: PackedBlock, act: Callable[[Tensor], Tensor], x: Tensor, workspace: Workspace | None = None
+) -> Tensor:
+    """MLP of the active groups over x (..., D)."""
+    if packed.fc1 is None:
+        bias = packed.fc2[1]
+        return torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    hidden = linear(x, packed.fc1, workspace)
+    if workspace is not None and isinstance(act, nn.GELU):
+        hidden = torch.ops.aten.gelu.out(hidden, approximate=act.approximate, out=hidden)
+    else:
+        hidden = act(hidden)
+    return linear(hidden, packed.fc2, workspace)
+
+
+def linear(x: Tensor, layer: Weights, workspace: Workspace | None = None) -> Tensor:
+    """A linear layer over x (..., in)."""
+    weight, bias = layer
+    if workspace is None:
+        return F.linear(x, weight, bias)
+    rows = x.view(-1, x.shape[-1])
+    out = workspace.empty((len(rows), len(weight)), x.dtype)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _contiguous(x: Tensor, workspace: Workspace | None) -> Tensor:
+    if workspace is None or x.is_contiguous():
+        return x.contiguous()
+    return workspace.empty(x.shape, x.dtype).copy_(x)
+
+
+def _first(tensor: Tensor | None, count: int) -> Tensor | None:
+    return None if tensor is None else tensor[:count]

@@ -1,0 +1,146 @@
+"""Copies of the heads or groups that run, each in a slot: another mask copies only what it has more.
+
+Which head or group lies in which slot does not change what a block computes, only how its sums round. So it
+is decided by the schedule (``slot_orders``), not by what was there before: a subnetwork always gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.runtime.packing import PackedAttention, PackedMlp, Weights, group_bytes, head_bytes, weights_of
+
+Packing = PackedAttention | PackedMlp
+
+
+class Slots:
+    """Memory for copies of ``capacity`` components of a few tensors, and which of them it holds.
+
+    Args:
+        capacity: number of slots.
+        component_bytes: memory that one slot takes.
+        copies: source (K, ...) with every component, and target (capacity, ...), for each tensor.
+        packed: a packing of the first n slots.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        component_bytes: int,
+        copies: Sequence[tuple[Tensor, Tensor]],
+        packed: Callable[[int], Packing],
+    ) -> None:
+        self.component_bytes, self.bytes = component_bytes, capacity * component_bytes
+        self._copies, self._packed = copies, packed
+        self._held = np.full(capacity, -1)
+
+    @torch.no_grad()
+    def fill(self, order: np.ndarray) -> tuple[Packing, int]:
+        """The packing of components ``order`` (n,), the first in the first slot, and the bytes copied for it.
+
+        Nothing may be reading the packing that was made before.
+        """
+        count = len(order)
+        slots = np.flatnonzero(self._held[:count] != order)
+        self._held[slots] = -1  # in case that the copy fails
+        for source, target in self._copies:
+            _copy(source, order[slots], target, slots)
+        self._held[slots] = order[slots]
+        return self._packed(count), len(slots) * self.component_bytes
+
+
+@torch.inference_mode(False)  # else they could not be filled outside of it
+def attention_slots(parts: AttentionParts, capacity: int) -> Slots:
+    """Slots for heads of an attention."""
+    H, d = parts.num_heads, parts.out.in_features // parts.num_heads
+    fused = len(parts.qkv) == 1
+    layers = [_Rows(weights_of(layer), H, capacity, 3 if fused else 1) for layer in parts.qkv]
+    out, size = _Columns(weights_of(parts.out), H, capacity), head_bytes(parts)
+
+    def packed(n: int) -> PackedAttention:
+        return PackedAttention(tuple(layer.first(n) for layer in layers), out.first(n), d, fused, n * size)
+
+    copies = [*(pair for layer in layers for pair in layer.copies), *out.copies]
+    return Slots(capacity, size, copies, packed)
+
+
+@torch.inference_mode(False)  # else they could not be filled outside of it
+def mlp_slots(parts: MlpParts, groups: int, capacity: int) -> Slots:
+    """Slots for some of ``groups`` groups of an MLP."""
+    fc1 = _Rows(weights_of(parts.fc1), groups, capacity)
+    fc2, size = _Columns(weights_of(parts.fc2), groups, capacity), group_bytes(parts, groups)
+
+    def packed(n: int) -> PackedMlp:
+        return PackedMlp(fc1.first(n), fc2.first(n), n * size)
+
+    return Slots(capacity, size, [*fc1.copies, *fc2.copies], packed)
+
+
+def slot_orders(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For masks (K,) in the order in which they come, the component in each slot (n,), with n active ones.
+
+    A component stays where it lay for the mask before, as far as that is among the first n slots.
+    """
+    held: list[int] = []  # what lies in the slots, also in those behind the first n
+    orders = []
+    for mask in masks:
+        missing = set(np.flatnonzero(mask).tolist())
+        count, vacant = len(missing), []
+        held += [-1] * (count - len(held))
+        for slot in range(count):
+            if held[slot] in missing:
+                missing.remove(held[slot])
+            else:
+                vacant.append(slot)
+        for slot, component in zip(vacant, sorted(missing), strict=True):
+            held[slot] = component
+        orders.append(np.array(held[:count], dtype=np.int64))
+    return orders
+
+
+class _Rows:
+    """Rows of a layer by component; ``sections``: each component has rows in so many parts of the layer."""
+
+    def __init__(self, layer: Weights, components: int, capacity: int, sections: int = 1) -> None:
+        self.copies = []
+        for tensor in layer:
+            if tensor is not None:
+                source = tensor.unflatten(0, (sections, components, -1)).movedim(
+                    1, 0
+                )  # (K, sections, u, ...)
+                self.copies.append((source, tensor.new_empty(capacity, *source.shape[1:])))
+
+    def first(self, n: int) -> Weights:
+        """Weight and bias of the first n slots."""
+        weight, *bias = (target[:n].flatten(0, 2).data for _, target in self.copies)
+        return weight, bias[0] if bias else None
+
+
+class _Columns:
+    """Columns of a layer by component. The bias is the layer's own."""
+
+    def __init__(self, layer: Weights, components: int, capacity: int) -> None:
+        weight, self._bias = layer
+        split = weight.unflatten(1, (components, -1))  # (out, K, u)
+        self._target = weight.new_empty(len(weight), capacity, split.shape[2])
+        self.copies = [(split.movedim(1, 0), self._target.movedim(1, 0))]
+
+    def first(self, n: int) -> Weights:
+        """Weight, whose rows lie ``capacity`` components apart, and bias of the first n slots."""
+        return self._target[:, :n].flatten(1).data, self._bias
+
+
+def _copy(source: Tensor, components: np.ndarray, target: Tensor, slots: np.ndarray) -> None:
+    if not source.is_cuda:
+        for component, slot in zip(components.tolist(), slots.tolist(), strict=True):
+            target[slot].copy_(source[component])
+        return
+    # One kernel for all of them; from pinned memory nothing waits for the indices.
+    where = torch.from_numpy(np.stack([components, slots])).pin_memory().to(source.device, non_blocking=True)
+    target.index_copy_(0, where[1], source.index_select(0, where[0]))

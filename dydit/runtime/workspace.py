@@ -1,0 +1,81 @@
+"""Memory for what a block computes on its way, on the CPU.
+
+Widths and numbers of tokens differ from block to block and from timestep to timestep. Tensors of so many
+sizes leave gaps between each other in the C library's heap, which then takes several times what they need;
+and large ones it returns to the system and asks for again, page by page. Here they lie in one range of
+memory, one behind another, from its start again in every stage of a block.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes of a cache line
+
+
+class Workspace:
+    """A range of memory for the tensors of one stage at a time. For one thread at a time.
+
+    Where it is too small, a larger one takes its place in the next stage; until then, what does not fit lies
+    elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._used = 0
+
+    def restart(self) -> None:
+        """A stage begins: tensors of the last one may be written over."""
+        if self._used > len(self._memory):
+            self._memory = self._memory[:0].clone()  # first the old one goes
+            with torch.inference_mode(False):  # else it could not be written to outside
+                self._memory = torch.empty(self._used + self._used // 8, dtype=torch.uint8, device="cpu")
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor, not initialised, that holds until the next stage."""
+        start, size = self._used, math.prod(shape) * dtype.itemsize
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        if self._used > len(self._memory):
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return self._memory[start : start + size].view(dtype).view(shape)
+
+
+class Workspaces:
+    """Workspaces of an engine: one for each thread that is in it."""
+
+    def __init__(self) -> None:
+        self._spare: list[Workspace] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self) -> Iterator[Workspace]:
+        """A workspace that nobody else uses within the ``with``."""
+        with self._lock:
+            workspace = self._spare.pop() if self._spare else Workspace()
+        try:
+            yield workspace
+        finally:
+            with self._lock:
+                self._spare.append(workspace)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        with self._lock:
+            self._spare.clear()
+
+
+def space(workspace: Workspace | None, like: Tensor, *shape: int) -> Tensor | None:
+    """What a torch function takes as ``out``: memory in the workspace; None, for new memory, without one."""
+    return None if workspace is None else workspace.empty(shape, like.dtype)
+
+
+def over(workspace: Workspace | None, tensor: Tensor) -> Tensor | None:
+    """``out`` for a function that may write over its input ``tensor``, which lies in the workspace."""
+    return None if workspace is None else tensor
