@@ -59,6 +59,11 @@ class BenchSettings(Section):
                 raise ConfigError(
                     f"--{name} {','.join(map(str, values))} repeats itself", expected="each value once"
                 )
+        if self.whole_rounds > 1 and self.whole_run is None:
+            raise ConfigError(
+                f"--whole-rounds {self.whole_rounds} without --whole-run",
+                remedy="add --whole-run STEPS, or leave --whole-rounds out",
+            )
         if self.is_preset:
             if self.schedule is not None:
                 raise ConfigError(

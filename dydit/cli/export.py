@@ -54,8 +54,12 @@ def export(
         int | None,
         typer.Option(min=1, help="Round these numbers to multiples of this.", show_default="1"),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Trajectories of the calibration set.")] = 8,
-    calibration_seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration set.")] = 0,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Trajectories of the calibration set.", show_default="8")
+    ] = None,
+    calibration_seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the calibration set.", show_default="0")
+    ] = None,
     order: Annotated[
         bool,
         typer.Option("--order", help="Order heads and groups by use, so that most slices are views."),
@@ -80,7 +84,12 @@ def export(
     _check_replaceable(out)
     if not (with_weights or order):
         _check_kept(model, out)
-    _check_together(calibrate, target, capacity, capacity_multiple)
+    _check_together(
+        ("--target", target, "--calibrate", calibrate),
+        ("--capacity-multiple", capacity_multiple, "--capacity", capacity),
+        ("--calibration-samples", calibration_samples, "--calibrate or --capacity", calibrate or capacity),
+        ("--calibration-seed", calibration_seed, "--calibrate or --capacity", calibrate or capacity),
+    )
     _check_aot(aot, aot_dtype, aot_compile)
     from dydit.cli.models import open_dydit, sampler_defaults, trained_target
     from dydit.files import check_writable, new_folder
@@ -92,7 +101,8 @@ def export(
     if calibrate or capacity:
         check_writable(out.parent)  # before minutes of passes
         multiple = (capacity_multiple or 1) if capacity else None
-        found = _calibrate(network, settings, goal, calibration_samples, calibration_seed, multiple)
+        samples, seed = calibration_samples or 8, calibration_seed or 0
+        found = _calibrate(network, settings, goal, samples, seed, multiple)
     schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
         schedule.save(str(folder))
@@ -229,19 +239,17 @@ def _target(given: float | None, trained: float | None) -> float:
     return target
 
 
-def _check_together(
-    calibrate: bool, target: float | None, capacity: bool, capacity_multiple: int | None
-) -> None:
+def _check_together(*options: tuple[str, object, str, bool]) -> None:
     """Refuse an option that would do nothing.
+
+    Args:
+        options: name and value of each, and name and value of what it belongs to.
 
     Raises:
         ConfigError: names it and the option that it belongs to.
     """
-    for given, option, needed, owner in (
-        (target, "--target", calibrate, "--calibrate"),
-        (capacity_multiple, "--capacity-multiple", capacity, "--capacity"),
-    ):
-        if given is not None and not needed:
+    for option, value, owner, given in options:
+        if value is not None and not given:
             raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
 
 
@@ -251,9 +259,7 @@ def _check_aot(aot: bool, dtype: AotDtype | None, compile: bool | None) -> None:
     Raises:
         ConfigError: says what to add or leave out.
     """
-    for given, option in ((dtype, "--aot-dtype"), (compile, "--aot-compile")):
-        if given is not None and not aot:
-            raise ConfigError(f"{option} without --aot", remedy=f"add --aot, or leave {option} out")
+    _check_together(("--aot-dtype", dtype, "--aot", aot), ("--aot-compile", compile, "--aot", aot))
     if compile:
         from dydit.deployment.folder import compiler
 

@@ -5,18 +5,16 @@
     noise = model(x, t, y)  # latents (B, C, height, width), one timestep of the schedule, labels (B,)
 
 The folder holds torch.export programs that take weights as inputs, the weights, and a schedule's masks.
-A timestep's slices of the weights are views where they can be; else they are copied when the timestep first
-comes, and kept up to ``budget`` bytes.
+A block's slices of the weights are views where they can be, else copies; they stay until the block needs
+others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,34 +93,19 @@ def thirds(layer: Layer) -> list[Layer]:
     return list(zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True))
 
 
-class Cut(NamedTuple):
-    """Rows (dim 0) or columns (dim 1) of a linear layer: of its ``components``, those ``chosen``."""
+def cut(layer: Layer, chosen: Tensor, components: int, dim: int) -> Layer:
+    """Rows (dim 0) or columns (dim 1) of a linear layer: of its ``components``, those chosen."""
 
-    weight: Tensor
-    bias: Tensor | None
-    chosen: Tensor
-    components: int
-    dim: int
-    copied: bool  # else a view, for which they must be a run
-
-    @property
-    def copied_bytes(self) -> int:
-        """Memory that it takes beyond the layer."""
-        bias = 0 if self.bias is None or self.dim == 1 else self.bias.nbytes
-        return self.copied * (self.weight.nbytes + bias) * len(self.chosen) // self.components
-
-    def make(self) -> Layer:
-        """Weight and bias, which columns have whole."""
-        bias = self.bias if self.bias is None or self.dim == 1 else self._take(self.bias)
-        return self._take(self.weight), bias
-
-    def _take(self, tensor: Tensor) -> Tensor:
-        split = tensor.unflatten(self.dim, (self.components, -1))
-        if self.copied:
-            taken = split.index_select(self.dim, self.chosen.to(tensor.device))
+    def take(tensor: Tensor) -> Tensor:
+        split = tensor.unflatten(dim, (components, -1))
+        if is_run(chosen):
+            part = split.narrow(dim, int(chosen[0]), len(chosen))
         else:
-            taken = split.narrow(self.dim, int(self.chosen[0]), len(self.chosen))
-        return taken.flatten(self.dim, self.dim + 1)
+            part = split.index_select(dim, chosen.to(tensor.device))
+        return part.flatten(dim, dim + 1)
+
+    weight, bias = layer
+    return take(weight), bias if bias is None or dim == 1 else take(bias)
 
 
 class Deployment:
@@ -132,7 +115,6 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        budget: bytes of copied weights to keep; None: as many as the weights have.
         verify: compare the sha256 of weights and schedule with those that were written.
     """
 
@@ -141,7 +123,6 @@ class Deployment:
         folder: str | Path,
         device: str | None = None,
         compiled: bool = False,
-        budget: int | None = None,
         verify: bool = True,
     ) -> None:
         folder = Path(folder)
@@ -157,9 +138,7 @@ class Deployment:
         for kind, count in self.plan["components"].items():
             self.masks[kind] = unpack_bits(self.masks[kind], count)
         self.programs = {name: self._load(folder / "programs", name) for name in self.plan["programs"]}
-        self.packs: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
-        self.lock = threading.Lock()
-        self.budget = sum(w.nbytes for w in self.weights.values()) if budget is None else budget
+        self.packs: dict[int, dict[str, Any]] = {}  # of each block, the last
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
@@ -179,12 +158,12 @@ class Deployment:
         position = steps.index(step)
         timesteps = torch.full((len(x),), float(t), device=self.device)
         tokens, cond = self._run("embed", self.plan["embed"], x, timesteps, y)
-        for i, block in enumerate(self.plan["blocks"]):
-            tokens = self._block(position, i, block, tokens, cond)
+        for i in range(len(self.plan["blocks"])):
+            tokens = self._block(position, i, tokens, cond)
         return self._run("decode", self.plan["decode"], tokens, cond)
 
-    def _block(self, position: int, i: int, block: dict[str, Any], tokens: Tensor, cond: Any) -> Tensor:
-        pack = self._pack(i, int(self.masks["rows"][position, i]), block)
+    def _block(self, position: int, i: int, tokens: Tensor, cond: Any) -> Tensor:
+        block, pack = self.plan["blocks"][i], self._pack(i, int(self.masks["rows"][position, i]))
         attend = pack["attend"]
         tokens, modulation, logits = self._run(attend, block[attend], tokens, cond, pack["qkv"], pack["out"])
         rows = None if logits is None else self._rows(position, i, logits)
@@ -207,26 +186,16 @@ class Deployment:
             rows = (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
         return None if len(rows) == B * N else rows
 
-    def _pack(self, i: int, row: int, block: dict[str, Any]) -> dict[str, Any]:
-        """Slices of a block's weights; for what is copied the least recently used make room first."""
-        with self.lock:
-            if (i, row) not in self.packs:
-                attend, cuts = self._cuts(row, block)
-                size = sum(cut.copied_bytes for cut in cuts)
-                while self.packs and size + sum(pack["bytes"] for pack in self.packs.values()) > self.budget:
-                    self.packs.popitem(last=False)
-                *qkv, out, fc1, fc2 = (
-                    cut.make() if cut.dim == 1 or len(cut.chosen) else None for cut in cuts
-                )
-                pack = {"attend": attend, "qkv": qkv, "out": out, "fc1": fc1, "fc2": fc2, "bytes": size}
-                if size > self.budget:
-                    return pack
-                self.packs[i, row] = pack
-            self.packs.move_to_end((i, row))
-            return self.packs[i, row]
+    def _pack(self, i: int, row: int) -> dict[str, Any]:
+        """Slices of a block's weights, made where those of its last call were for another mask."""
+        pack = self.packs.get(i)
+        if pack is None or pack["row"] != row:
+            self.packs.pop(i, None)  # before the new ones take memory; another thread may still use them
+            pack = self.packs[i] = {"row": row, **self._slices(row, self.plan["blocks"][i])}
+        return pack
 
-    def _cuts(self, row: int, block: dict[str, Any]) -> tuple[str, list[Cut]]:
-        """Which program runs the attention; what it and the MLP take of q, k, v, out, fc1 and fc2."""
+    def _slices(self, row: int, block: dict[str, Any]) -> dict[str, Any]:
+        """Which program runs the attention; and of q, k, v, out, fc1 and fc2 what the mask leaves on."""
         H, G = (self.plan["components"][kind] for kind in ("head_rows", "group_rows"))
         heads, groups = (self.masks[kind][row].nonzero().squeeze(1) for kind in ("head_rows", "group_rows"))
         qkv, index, count = [self._layer(names) for names in block["qkv"]], heads, H
@@ -236,15 +205,19 @@ class Deployment:
             attend = "attend_of_run" if len(heads) > 1 else attend
         elif len(qkv) == 1:
             index, count = torch.cat([heads, heads + H, heads + 2 * H]), 3 * H
-        cuts = [self._cut(layer, index, count, 0) for layer in qkv if len(heads)]
-        for name, index, count, dim in (("out", heads, H, 1), ("fc1", groups, G, 0), ("fc2", groups, G, 1)):
-            cuts.append(self._cut(self._layer(block[name]), index, count, dim))
-        return attend, cuts
-
-    def _cut(self, layer: Layer, index: Tensor, components: int, dim: int) -> Cut:
-        # Compiled code takes columns to lie as in a copy.
-        view = is_run(index) and (dim == 0 or not self.compiled or len(index) == components)
-        return Cut(*layer, index, components, dim, copied=not view)
+        (out, out_bias), (fc2, fc2_bias) = (
+            cut(self._layer(block[name]), chosen, components, 1)
+            for name, chosen, components in (("out", heads, H), ("fc2", groups, G))
+        )
+        if self.compiled:  # generated code takes columns to lie as in a copy
+            out, fc2 = out.contiguous(), fc2.contiguous()
+        return {
+            "attend": attend,
+            "qkv": [cut(layer, index, count, 0) for layer in qkv if len(heads)],
+            "out": (out, out_bias),
+            "fc1": cut(self._layer(block["fc1"]), groups, G, 0) if len(groups) else None,
+            "fc2": (fc2, fc2_bias),
+        }
 
     def _layer(self, names: list[str | None]) -> Layer:
         return self.weights[str(names[0])], None if names[1] is None else self.weights[names[1]]

@@ -23,6 +23,7 @@ from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
+from dydit.runtime.subnetwork import BlockAtTimestep, Subnetwork
 from dydit.runtime.workspace import Workspace, Workspaces
 
 Mode = Literal["exact", "capacity"]
@@ -131,6 +132,26 @@ class SubnetEngine(nn.Module):
         return output
 
     forward_with_cfg = forward_with_cfg
+
+    def subnetwork(self, timestep: float) -> Subnetwork:
+        """The subnetwork of one timestep as a network of its own, to compile, export or capture as one graph.
+
+        It has slices of its own, besides the memory budget, and computes in the engine's mode.
+
+        Raises:
+            ScheduleError: the timestep is not in the schedule.
+        """
+        position, parts = self.schedule.index_of(timestep), self.model.adapter.blocks(self.model.backbone)
+        threshold = self.schedule.routing.token_threshold
+        blocks = [
+            BlockAtTimestep(
+                SlicedBlock(self.model.adapter, block, routers.token_router, threshold),
+                self._packs.take(position, i),
+                self._capacity(position, i),
+            )
+            for i, (block, routers) in enumerate(zip(parts, self.model.routers, strict=True))
+        ]
+        return Subnetwork(self.model, float(timestep), blocks)
 
     def pack_statistics(self) -> PackStatistics:
         """Hits, misses, bytes and evictions of the packed weights."""

@@ -112,6 +112,11 @@ class SchedulePacks:
                 self._hits += counted and not missed
             yield packed
 
+    def take(self, position: int, block: int) -> PackedBlock:
+        """Slices as ``use`` has them, in memory of their own that does not count against the budget."""
+        attention, mlp = (kind.take(position, block) for kind in self._kinds)
+        return PackedBlock.of(attention, mlp)
+
     def forget(self) -> None:
         """Drop every packing: the weights are about to move."""
         self._known: dict[tuple[int, int, int], Cut | View] = {}
@@ -165,7 +170,7 @@ class SchedulePacks:
         """A block's attention and MLP; and whether one is a view that was made only now."""
         found, new_view = [], False
         for index, kind in enumerate(self._kinds):
-            number = int(kind.masks.numbers[position, block])
+            number = kind.number(position, block)
             key = index, block, number
             with self._lock:
                 if key not in self._known:
@@ -200,10 +205,22 @@ class _Kind:
             for block, part in enumerate(self.parts)
         )
 
-    def part(self, block: int, number: int, key: tuple[int, int], one_for_all: bool) -> Cut | View:
+    def number(self, position: int, block: int) -> int:
+        """Of a block's mask at a timestep."""
+        return int(self.masks.numbers[position, block])
+
+    def take(self, position: int, block: int) -> Any:
+        """A block's packing at a timestep, in memory of its own."""
+        part = self.part(block, self.number(position, block))
+        return part.make().fill(part.order)[0] if isinstance(part, Cut) else part
+
+    def part(
+        self, block: int, number: int, key: tuple[int, ...] = (), one_for_all: bool = False
+    ) -> Cut | View:
         """A block's part cut down to one of its masks.
 
         Args:
+            key: tells blocks and kinds apart.
             one_for_all: whether all masks of the block share slots, else each has its own.
         """
         part, mask = self.parts[block], self.masks.distinct[number]

@@ -94,6 +94,7 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
         ((*TINY, "--schedule", "x"), "--schedule for preset DiT-S/2"),
         (("DiT-S/2", "--sample-size", "7"), "patch_size 2 does not divide"),
         ((*TINY, "--whole-run", "2000"), "2000"),
+        ((*TINY, "--whole-rounds", "2"), "--whole-rounds 2 without --whole-run; add --whole-run"),
     ],
 )
 def test_mistakes_are_told_in_one_line(command: Any, tmp_path: Path, words: Any, told: str) -> None:

@@ -152,6 +152,11 @@ def test_an_ordered_export_draws_the_same(
     [
         (("--target", "0.5"), "--target without --calibrate; add --calibrate"),
         (("--capacity-multiple", "4"), "--capacity-multiple without --capacity; add --capacity"),
+        (
+            ("--calibration-samples", "4"),
+            "--calibration-samples without --calibrate or --capacity; add --calibrate or --capacity, or",
+        ),
+        (("--calibration-seed", "0"), "--calibration-seed without --calibrate or --capacity"),
         (("--calibrate",), "--calibrate for a model that is no run's folder; expected a compute ratio"),
         (
             ("--calibrate", "--target", "0.01"),
