@@ -8,6 +8,7 @@ Labels are never dropped here, also in training mode: that is the data's part, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -123,7 +124,12 @@ class DiffusersDiTAdapter:
 
     def mlp(self, block: Any) -> MlpParts:
         project_in, _, project_out = block.ff.net
-        return MlpParts(project_in.proj, project_in.gelu, project_out)
+        return MlpParts(project_in.proj, _gelu(project_in.approximate), project_out)
+
+
+@cache
+def _gelu(approximate: str) -> nn.GELU:
+    return nn.GELU(approximate)
 
 
 def _embedder(model: DiTTransformer2DModel) -> Any:

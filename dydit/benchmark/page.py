@@ -9,9 +9,9 @@ NOTES = """\
 Every network is called once per round, in an order that rotates; ratios are of the same round, medians with
 quartiles. Ideal is static over engine in MACs, counted by fvcore on a call of the benchmark; share is
 measured over ideal, round by round. An engine's subnetwork is packed before it is timed, except in whole
-runs, which start with nothing packed and take turns step by step. *All on* is an engine with every head,
-group and token on; *masked* is the trained form. Peak memory is of processes with one network each, never
-compiled."""
+runs, which start with nothing packed (but what CUDA graphs hold) and take turns step by step. *All on* is an
+engine with every head, group and token on; *masked* is the trained form. Peak memory is of processes with one
+network each, the engines' over every timestep of the schedule, never compiled."""
 
 
 def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:

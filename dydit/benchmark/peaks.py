@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dydit.benchmark.order import spread
 from dydit.benchmark.results import STATIC, Memory
 from dydit.benchmark.settings import BenchSettings, CaseSettings
 from dydit.benchmark.subject import Subject, bare_model
@@ -25,8 +24,6 @@ from dydit.errors import DyditError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.packing import block_bytes
 
-# Enough timesteps to fill the budget: the packed weights of two go beyond one copy at half the compute.
-TIMESTEPS = 4
 ROUTERS = "routers.safetensors"
 
 
@@ -34,7 +31,8 @@ def measure_memory(subject: Subject, settings: BenchSettings, case: CaseSettings
     """Batch -> peak memory of the static backbone and of each mode of the engine, never compiled.
 
     Each network gets a process that makes or loads the model by itself, and takes the routers and the
-    schedule of ``subject``; it runs the batches in rising order at a few timesteps each.
+    schedule of ``subject``; it runs the batches in rising order. Engines run every timestep of the schedule:
+    memory grows with the largest masks, and with the sizes that were not met before.
 
     Raises:
         DyditError: a process failed.
@@ -110,7 +108,7 @@ def _network(
     subject = Subject(model, plan, SamplerConfig(**order["sampler"]), synthetic=True, seed=settings.seed)
     name = order["network"]
     network = dense(subject.static, False) if name == STATIC else make_engine(subject, settings, name)
-    timesteps = spread(plan.timesteps, 1 if name == STATIC else TIMESTEPS)  # a static call is like another
+    timesteps = plan.timesteps[:2] if name == STATIC else plan.timesteps  # a static call is like another
     inputs = {batch: subject.noise_call(batch) for batch in case.batches}
     return network, {batch: dict.fromkeys(timesteps, call) for batch, call in inputs.items()}
 

@@ -40,7 +40,7 @@ def runs_table(found: Benchmark) -> Table:
     varying = _varying(found.cases)
     header = (
         *varying, "batch", "dtype", "mode", "run", "static s", "engine s", "speed-up", "ideal",
-        "share of ideal", "packed blocks: made, reused, dropped", "views", "copied", "packed at the end",
+        "share of ideal", "blocks packed, reused", "views", "copied", "packed at the end",
     )  # fmt: skip
     cases = [case for case in found.cases if case.whole_run is not None]
     return Table(header, tuple(_run_row(case, mode, varying) for case in cases for mode in case.modes))
@@ -75,7 +75,7 @@ def _run_row(case: Case, mode: str, varying: Sequence[str]) -> tuple[str, ...]:
     return (
         *_place(case, varying), mode, f"{run.steps} steps of {run.sampler}, guidance {run.guidance_scale:g}",
         *seconds, f"{run.speedup(mode).median:.2f}", f"{run.ideal(mode):.2f}", f"{run.share(mode):.3f}",
-        f"{packs['misses']}, {packs['hits']}, {packs['evictions']}", str(packs["views"]),
+        f"{packs['misses']}, {packs['hits']}", str(packs["views"]),
         megabytes(packs.get("copied")), megabytes(packs["bytes"]),
     )  # fmt: skip
 

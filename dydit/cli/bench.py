@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dydit.cli.execution import check_compiler
 from dydit.cli.sampler_options import Sampler
 from dydit.cli.sizes import parse_bytes
 from dydit.errors import ConfigError
@@ -41,8 +42,9 @@ def bench(
         ),
     ],
     ratio: Annotated[
-        float, typer.Option(help="Deployed compute of a preset, as a share of the static one.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Deployed compute of a preset, as a share of the static one.", show_default="0.5"),
+    ] = None,
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Images per call.")] = "2,8",
     dtype: Annotated[str, typer.Option(metavar="fp32,bf16,fp16", help="Number formats.")] = "fp32,bf16",
     mode: Annotated[
@@ -60,7 +62,8 @@ def bench(
     sweep: Annotated[
         Sweep | None,
         typer.Option(
-            help="Share against batch size, tokens or depth; without masked model and memory.",
+            help="Share against batch size (1 to 16 in place of --batch), tokens or depth; without masked "
+            "model and memory.",
             show_default=False,
         ),
     ] = None,
@@ -100,7 +103,7 @@ def bench(
 
     A preset gets random weights, and routers that deploy the asked share of its compute."""
     given: dict[str, Any] = {
-        "ratio": ratio, "batches": _numbers("--batch", batch), "dtypes": _words(dtype), "modes": _words(mode),
+        "batches": _numbers("--batch", batch), "dtypes": _words(dtype), "modes": _words(mode),
         "compile": compiled, "rounds": rounds, "whole_run": whole_run, "whole_rounds": whole_rounds,
         "sweep": None if sweep is None else sweep.value, "memory": memory,
         "memory_budget": parse_bytes("--memory-budget", memory_budget),
@@ -113,11 +116,16 @@ def bench(
     from dydit.cli.mac_networks import is_preset
     from dydit.cli.models import model_path, sampler_defaults
 
-    if not is_preset(model):
+    if is_preset(model):
+        given |= {} if ratio is None else {"ratio": ratio}
+    else:
+        _check_no_ratio(model, ratio)
         given["path"] = model_path(model)
         if schedule is None:
             given["sampler_defaults"] = sampler_defaults(model)
     settings = BenchSettings(subject=model, **given, device=_device(device))
+    if compiled and settings.device == "cpu":
+        check_compiler("--compile")
     typer.echo(_told(run_benchmark(settings, out), out))
 
 
@@ -131,6 +139,20 @@ def _told(found: Benchmark, out: Path) -> str:
     return "\n\n".join(
         [conditions(found), *(align(table.header, table.rows) for table in tables), f"wrote {out}"]
     )
+
+
+def _check_no_ratio(model: str, ratio: float | None) -> None:
+    """Refuse an option that would do nothing.
+
+    Raises:
+        ConfigError: a ratio for a model, which has routers of its own.
+    """
+    if ratio is not None:
+        raise ConfigError(
+            f"--ratio {ratio:g} for {model}",
+            expected="a preset; a model deploys what its routers choose",
+            remedy="leave --ratio out",
+        )
 
 
 def _device(device: Device) -> Literal["cpu", "cuda"]:

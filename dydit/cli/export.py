@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dydit.cli.execution import DtypeChoice, check_compiler
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
 from dydit.errors import ConfigError, OutputError
 
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from dydit.export.schedule import SubnetSchedule
 
 _MANIFEST = "manifest.json"
-
-
-class AotDtype(str, Enum):
-    """Precisions to run in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 def export(
@@ -69,7 +61,8 @@ def export(
         typer.Option("--aot", help="Write programs and weights beside it that run with torch alone."),
     ] = False,
     aot_dtype: Annotated[
-        AotDtype | None, typer.Option(help="Precision of these; without it the model's.", show_default=False)
+        DtypeChoice | None,
+        typer.Option(help="Precision of these; without it the model's.", show_default=False),
     ] = None,
     aot_compile: Annotated[
         bool | None,
@@ -117,7 +110,7 @@ def _deploy(
     network: DyDiT,
     schedule: SubnetSchedule,
     saved: bool,
-    dtype: AotDtype | None,
+    dtype: DtypeChoice | None,
     compile: bool | None,
 ) -> str:
     """Write the programs, and the weights where the ``saved`` model's will not do; say what was written."""
@@ -253,7 +246,7 @@ def _check_together(*options: tuple[str, object, str, bool]) -> None:
             raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
 
 
-def _check_aot(aot: bool, dtype: AotDtype | None, compile: bool | None) -> None:
+def _check_aot(aot: bool, dtype: DtypeChoice | None, compile: bool | None) -> None:
     """Refuse an option of programs that are not to be written, and to compile without a compiler.
 
     Raises:
@@ -261,14 +254,7 @@ def _check_aot(aot: bool, dtype: AotDtype | None, compile: bool | None) -> None:
     """
     _check_together(("--aot-dtype", dtype, "--aot", aot), ("--aot-compile", compile, "--aot", aot))
     if compile:
-        from dydit.deployment.folder import compiler
-
-        if compiler() is None:
-            raise ConfigError(
-                "--aot-compile without a C++ compiler",
-                expected="g++, or what CXX names",
-                remedy="install one, or leave --aot-compile out",
-            )
+        check_compiler("--aot-compile")
 
 
 def _check_kept(model: str, out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dydit.cli.execution import DtypeChoice, check_compiler
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
 from dydit.cli.sizes import parse_bytes
 from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
@@ -49,6 +50,10 @@ def sample(
     compile: Annotated[
         bool, typer.Option("--compile", help="Run the subnetworks through torch.compile.")
     ] = False,
+    dtype: Annotated[
+        DtypeChoice | None,
+        typer.Option(help="Precision of the subnetworks; without it the model's.", show_default=False),
+    ] = None,
     num: Annotated[
         int | None, typer.Option(min=1, help="Images in all; without it one per class.", show_default=False)
     ] = None,
@@ -66,7 +71,10 @@ def sample(
 ) -> None:
     """Draw images of given classes."""
     classes = parse_labels(labels)
-    for given, option in ((mode, "--mode"), (memory_budget, "--memory-budget"), (compile, "--compile")):
+    engine_options = {
+        "--mode": mode, "--memory-budget": memory_budget, "--compile": compile, "--dtype": dtype
+    }  # fmt: skip
+    for option, given in engine_options.items():
         if given and schedule is None:
             raise ConfigError(f"{option} without --schedule", remedy=f"add --schedule, or leave {option} out")
     budget = parse_bytes("--memory-budget", memory_budget)
@@ -78,8 +86,12 @@ def sample(
     from dydit.export.schedule import SubnetSchedule
     from dydit.files import check_writable
     from dydit.latents.decode import decode_latents
+    from dydit.precision import DTYPES
     from dydit.runtime.engine import SubnetEngine
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if compile and device == "cpu":
+        check_compiler("--compile")
     plan = None if schedule is None else SubnetSchedule.load(str(schedule))
     defaults = sampler_defaults(model) if plan is None else exported_sampler(plan.sampler, schedule)
     settings = sampler_settings(defaults, sampler, steps, guidance_scale, guided_channels)
@@ -87,11 +99,15 @@ def sample(
     check_labels(classes, network.shape.num_classes)
     autoencoder = None if vae is None else open_autoencoder(vae, network.shape.in_channels)
     method = make_sampler(settings, network.shape.learn_sigma)
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    network = network.to(device).eval()
     if plan is not None:
         for timestep in method.timesteps:
             plan.index_of(timestep)  # a missing one is told before any work is done
-        options: dict[str, Any] = {"mode": mode.value if mode else "exact", "compile": compile}
+        options: dict[str, Any] = {
+            "mode": mode.value if mode else "exact",
+            "compile": compile,
+            "dtype": DTYPES[dtype.value] if dtype else None,
+        }
         network = SubnetEngine(network, plan, memory_budget=budget, **options)
     check_writable(out)
     drawn = [classes[i % len(classes)] for i in range(num or len(classes))]

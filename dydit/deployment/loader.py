@@ -155,7 +155,7 @@ class Deployment:
                 f"timestep {t}; expected one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g}); "
                 "export again for the sampler and number of steps that you sample with"
             )
-        position = steps.index(step)
+        position, x, y = steps.index(step), x.to(self.device), y.to(self.device)
         timesteps = torch.full((len(x),), float(t), device=self.device)
         tokens, cond = self._run("embed", self.plan["embed"], x, timesteps, y)
         for i in range(len(self.plan["blocks"])):
@@ -189,9 +189,11 @@ class Deployment:
     def _pack(self, i: int, row: int) -> dict[str, Any]:
         """Slices of a block's weights, made where those of its last call were for another mask."""
         pack = self.packs.get(i)
-        if pack is None or pack["row"] != row:
-            self.packs.pop(i, None)  # before the new ones take memory; another thread may still use them
-            pack = self.packs[i] = {"row": row, **self._slices(row, self.plan["blocks"][i])}
+        if pack is not None and pack["row"] == row:
+            return pack
+        del pack  # before the new ones take memory
+        self.packs.pop(i, None)
+        self.packs[i] = pack = {"row": row, **self._slices(row, self.plan["blocks"][i])}
         return pack
 
     def _slices(self, row: int, block: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +229,13 @@ class Deployment:
 
     def _load(self, folder: Path, name: str) -> Any:
         if self.compiled:
-            path, index = str(folder / f"{name}.compiled.pt2"), self.device.index
-            return torch._inductor.aoti_load_package(path, device_index=-1 if index is None else index)
+            path, index = folder / f"{name}.compiled.pt2", self.device.index
+            if not path.is_file():
+                raise ValueError(
+                    f"no {path}; expected compiled programs; leave out compiled=True, or export with "
+                    "--aot-compile"
+                )
+            return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
         program = torch.export.load(folder / f"{name}.pt2")
         if self.device != torch.device(self.plan["device"]):
             program = move_to_device_pass(program, self.device)

@@ -38,13 +38,14 @@ class Cut:
 
 @dataclass
 class _Entry:
-    """Slots, and the packing they hold.
+    """Slots of ``size`` bytes, and the packing they hold.
 
     ``users`` is how many are reading it. Memory must not be written over before they have ended; on a GPU,
     where the work goes on after that, streams see to it (``Ready``).
     """
 
     slots: Slots
+    size: int
     mask: int | None = None
     packed: Any = None  # a PackedAttention or a PackedMlp
     ready: Ready = field(default_factory=lambda: Ready([]))
@@ -73,7 +74,7 @@ class PackCache:
         """Forget every packing; what is counted goes on.
 
         Args:
-            budget: bytes, from now on; at least those of all cuts that are asked for together.
+            budget: bytes, from now on.
         """
         with self._changed:
             self._entries.clear()
@@ -84,7 +85,11 @@ class PackCache:
         """The packings of ``cuts``, to read within the ``with``; and whether any had to be made.
 
         All of them at once, so that no two threads wait for each other.
+
+        Raises:
+            ConfigError: the budget is too small for them.
         """
+        check_budget(self.budget, sum(cut.size for cut in cuts))
         with self._changed:
             self._changed.wait_for(lambda: self._can_have(cuts))
             made = self._make(cuts)
@@ -105,7 +110,7 @@ class PackCache:
         if any(held[cut.key].users and held[cut.key].mask != cut.mask for cut in cuts if cut.key in held):
             return False
         missing = sum(cut.size for cut in cuts if cut.key not in held)
-        stay = (e.slots.bytes for key, e in self._entries.items() if e.users or key in held)
+        stay = (e.size for key, e in self._entries.items() if e.users or key in held)
         return not missing or sum(stay) + missing <= self.budget
 
     def _make(self, cuts: Sequence[Cut]) -> bool:
@@ -114,7 +119,7 @@ class PackCache:
         for cut in cuts:
             if cut.key not in self._entries:
                 self._make_room(cut.size, {cut.key for cut in cuts})
-                self._entries[cut.key] = _Entry(cut.make())
+                self._entries[cut.key] = _Entry(cut.make(), cut.size)
                 self.bytes += cut.size
             entry = self._entries[cut.key]
             if entry.mask != cut.mask:
@@ -136,7 +141,7 @@ class PackCache:
             if self.bytes + size <= self.budget:
                 return
             dropped = self._entries.pop(key)
-            self.bytes -= dropped.slots.bytes
+            self.bytes -= dropped.size
             self.evictions += 1
 
 
@@ -146,7 +151,7 @@ def check_budget(budget: float, largest: int) -> None:
     Raises:
         ConfigError: says how many bytes a block takes.
     """
-    if budget < largest:
+    if not budget >= largest:  # not a number is no budget either
         raise ConfigError(
             f"memory budget of {budget} bytes",
             expected=f"at least one block's {largest} bytes",

@@ -17,6 +17,7 @@ from dydit.errors import ConfigError, ScheduleError, ShapeError
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.guidance import forward_with_cfg
+from dydit.models.blocks import Conditioning
 from dydit.models.dit import check_latent
 from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.runtime.compiled import compiled_stages
@@ -59,7 +60,7 @@ class SubnetEngine(nn.Module):
         model: DyDiT,
         schedule: SubnetSchedule,
         dtype: torch.dtype | None = None,
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
         verify: bool = True,
         mode: Mode = "exact",
         compile: bool = False,
@@ -91,6 +92,7 @@ class SubnetEngine(nn.Module):
         """What guidance gives in the place of a label (see ``DiT.null_label``)."""
         return self.model.null_label
 
+    @torch.compiler.disable  # it compiles its own stages; slices come and go between them
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) as the model in evaluation does.
@@ -104,7 +106,14 @@ class SubnetEngine(nn.Module):
         Raises:
             ScheduleError: a timestep is not in the schedule.
             ShapeError: latent or y of the wrong shape or dtype, or t or y not one per sample.
+            ConfigError: it is being exported.
         """
+        if torch.compiler.is_exporting():
+            raise ConfigError(
+                "an engine in torch.export",
+                expected="one graph, which a timestep's subnetwork is",
+                remedy="export engine.subnetwork(t), or use dydit export --aot",
+            )
         check_latent(x, self.shape)
         if not len(x):
             raise ShapeError("a batch without samples", expected="one at least", remedy="leave the call out")
@@ -227,11 +236,16 @@ class SubnetEngine(nn.Module):
         tokens, cond = adapter.embed(backbone, x, t, y)
         tokens, fill_up = tokens.contiguous(), self._fills_up  # the token path works on its rows in place
         with self._workspace() as workspace:
-            for i, block in enumerate(self.blocks):
-                with self._packs.use(position, i) as packed:
-                    capacity = self._capacity(position, i)
-                    tokens = block(tokens, cond, packed, capacity, fill_up, workspace)
+            for i in range(len(self.blocks)):
+                tokens = self._run_block(position, i, tokens, cond, fill_up, workspace)
         return adapter.decode(backbone, tokens, cond)
+
+    def _run_block(
+        self, position: int, i: int, x: Tensor, cond: Conditioning, fill_up: bool, workspace: Workspace | None
+    ) -> Tensor:
+        # A function of its own, so that no name holds the slices when the next block's are made.
+        with self._packs.use(position, i) as packed:
+            return self.blocks[i](x, cond, packed, self._capacity(position, i), fill_up, workspace)
 
     def _workspace(self) -> AbstractContextManager[Workspace | None]:
         """Memory for what blocks compute on their way, on the CPU; elsewhere PyTorch sees to it."""

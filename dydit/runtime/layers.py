@@ -53,17 +53,16 @@ def _attention_in_products(
 ) -> Tensor:
     """Attention of ``at_a_time`` heads after others."""
     B, h, N, d = q.shape
-    q = torch.mul(q, d**-0.5, out=space(workspace, q, B, h, N, d))
-    k, v = _contiguous(k, workspace), _contiguous(v, workspace)
+    scaled = torch.mul(q, d**-0.5, out=space(workspace, q, B, h, N, d))
+    q, k, v = (_contiguous(t, workspace).view(B * h, N, d) for t in (scaled, k, v))
     scores, weights = (space(workspace, q, min(at_a_time, B * h), N, N) for _ in range(2))
     attended = space(workspace, q, B * h, N, d)
     parts = []
     for start in range(0, B * h, at_a_time):
         end = min(start + at_a_time, B * h)
-        q_, k_, v_ = (t.reshape(B * h, N, d)[start:end] for t in (q, k, v))
-        scored = torch.bmm(q_, k_.transpose(1, 2), out=_first(scores, end - start))
+        scored = torch.bmm(q[start:end], k[start:end].transpose(1, 2), out=_first(scores, end - start))
         weighed = torch.softmax(scored, -1, out=_first(weights, end - start))
-        parts.append(torch.bmm(weighed, v_, out=None if attended is None else attended[start:end]))
+        parts.append(torch.bmm(weighed, v[start:end], out=None if attended is None else attended[start:end]))
     if attended is None:
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.view(B, h, N, d)

@@ -7,7 +7,7 @@ The rest is a copy, made in ``dydit.runtime.slots``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -116,6 +116,21 @@ def tensors_of(packed: PackedAttention | PackedMlp) -> list[Tensor]:
     else:
         layers = [packed.fc2] if packed.fc1 is None else [packed.fc1, packed.fc2]
     return [tensor for layer in layers for tensor in layer if tensor is not None]
+
+
+def without_the_rest(packed: PackedAttention | PackedMlp) -> PackedAttention | PackedMlp:
+    """The packing with views of larger tensors copied, so that nothing else is saved along with it."""
+
+    def own(layer: Weights) -> Weights:
+        weight, bias = (
+            t if t is None or t.nbytes == t.untyped_storage().nbytes() else t.clone() for t in layer
+        )
+        assert weight is not None
+        return weight, bias
+
+    if isinstance(packed, PackedAttention):
+        return replace(packed, qkv=tuple(own(layer) for layer in packed.qkv), out=own(packed.out))
+    return replace(packed, fc1=None if packed.fc1 is None else own(packed.fc1), fc2=own(packed.fc2))
 
 
 def head_bytes(parts: AttentionParts) -> int:

@@ -25,6 +25,7 @@ from dydit.runtime.packing import (
     head_bytes,
     view_attention,
     view_mlp,
+    without_the_rest,
 )
 from dydit.runtime.slots import Slots, attention_slots, mlp_slots
 
@@ -42,6 +43,7 @@ class PackStatistics:
         evictions: packings, of an attention or an MLP, dropped or written over.
         views: blocks packed that took no memory.
         copied: bytes copied to pack blocks.
+        schedule_bytes: memory that all packings of the schedule would take, each mask apart.
     """
 
     hits: int
@@ -50,6 +52,7 @@ class PackStatistics:
     evictions: int
     views: int
     copied: int
+    schedule_bytes: int
 
 
 class SchedulePacks:
@@ -131,7 +134,8 @@ class SchedulePacks:
         blocks = [block_bytes(*parts) for parts in self._blocks]
         budget = sum(blocks) if self._asked is None else self._asked
         check_budget(budget, max(blocks))
-        self.all_fit = sum(kind.bytes_of_copies() for kind in self._kinds) <= budget
+        self._every = self.bytes_at(*range(len(self._kinds[0].masks.numbers)))
+        self.all_fit = self._every <= budget
         self._one_for_all = not self.all_fit and not self._blocks[0][0].out.weight.is_cuda
         self.forget()
         self._cache.reset(budget)
@@ -141,7 +145,7 @@ class SchedulePacks:
         cache = self._cache
         with self._lock:
             return PackStatistics(
-                self._hits, self._misses, cache.bytes, cache.evictions, self._views, cache.copied
+                self._hits, self._misses, cache.bytes, cache.evictions, self._views, cache.copied, self._every
             )
 
     def prepare_next(self, position: int, device: torch.device) -> None:
@@ -152,7 +156,7 @@ class SchedulePacks:
         """
         if device.type != "cuda" or position + 1 == len(self._kinds[0].masks.numbers):
             return
-        if self._size_at(position) + self._size_at(position + 1) > self._cache.budget:
+        if self.bytes_at(position, position + 1) > self._cache.budget:
             return
         if self._side is None:
             self._side = torch.cuda.Stream(device)
@@ -162,9 +166,15 @@ class SchedulePacks:
                 with self.use(position + 1, block, counted=False):
                     pass
 
-    def _size_at(self, position: int) -> int:
-        parts = (part for block in range(len(self._blocks)) for part in self._parts(position, block)[0])
-        return sum(part.size for part in parts if isinstance(part, Cut))
+    def bytes_at(self, *positions: int) -> int:
+        """Memory of the slices of some timesteps together, those that they share once, each mask apart."""
+        sizes = {
+            (index, block, number): kind.bytes_of_copy(block, number)
+            for index, kind in enumerate(self._kinds)
+            for position in positions
+            for block, number in enumerate(kind.masks.numbers[position].tolist())
+        }
+        return sum(sizes.values())
 
     def _parts(self, position: int, block: int) -> tuple[list[Any], bool]:
         """A block's attention and MLP; and whether one is a view that was made only now."""
@@ -198,12 +208,10 @@ class _Kind:
     view: Callable[[Any, np.ndarray], View]
     slots: Callable[..., Slots]
 
-    def bytes_of_copies(self) -> int:
-        """Of every mask's of every block."""
-        return sum(
-            int(self.masks.counts_of_copies(block).sum()) * self.component_bytes(part)
-            for block, part in enumerate(self.parts)
-        )
+    def bytes_of_copy(self, block: int, number: int) -> int:
+        """Of a block's mask; 0 for a view."""
+        copied = not self.masks.views[number]
+        return copied * int(self.masks.distinct[number].sum()) * self.component_bytes(self.parts[block])
 
     def number(self, position: int, block: int) -> int:
         """Of a block's mask at a timestep."""
@@ -212,7 +220,7 @@ class _Kind:
     def take(self, position: int, block: int) -> Any:
         """A block's packing at a timestep, in memory of its own."""
         part = self.part(block, self.number(position, block))
-        return part.make().fill(part.order)[0] if isinstance(part, Cut) else part
+        return part.make().fill(part.order)[0] if isinstance(part, Cut) else without_the_rest(part)
 
     def part(
         self, block: int, number: int, key: tuple[int, ...] = (), one_for_all: bool = False

@@ -24,7 +24,7 @@ class Slots:
 
     Args:
         capacity: number of slots.
-        component_bytes: memory that one slot takes.
+        component_bytes: memory that one component takes.
         copies: source (K, ...) with every component, and target (capacity, ...), for each tensor.
         packed: a packing of the first n slots.
     """
@@ -36,8 +36,7 @@ class Slots:
         copies: Sequence[tuple[Tensor, Tensor]],
         packed: Callable[[int], Packing],
     ) -> None:
-        self.component_bytes, self.bytes = component_bytes, capacity * component_bytes
-        self._copies, self._packed = copies, packed
+        self._component_bytes, self._copies, self._packed = component_bytes, copies, packed
         self._held = np.full(capacity, -1)
 
     @torch.no_grad()
@@ -52,7 +51,7 @@ class Slots:
         for source, target in self._copies:
             _copy(source, order[slots], target, slots)
         self._held[slots] = order[slots]
-        return self._packed(count), len(slots) * self.component_bytes
+        return self._packed(count), len(slots) * self._component_bytes
 
 
 @torch.inference_mode(False)  # else they could not be filled outside of it
@@ -109,12 +108,9 @@ class _Rows:
 
     def __init__(self, layer: Weights, components: int, capacity: int, sections: int = 1) -> None:
         self.copies = []
-        for tensor in layer:
-            if tensor is not None:
-                source = tensor.unflatten(0, (sections, components, -1)).movedim(
-                    1, 0
-                )  # (K, sections, u, ...)
-                self.copies.append((source, tensor.new_empty(capacity, *source.shape[1:])))
+        for tensor in (tensor for tensor in layer if tensor is not None):
+            source = tensor.unflatten(0, (sections, components, -1)).movedim(1, 0)  # (K, sections, u, ...)
+            self.copies.append((source, tensor.new_empty(capacity, *source.shape[1:])))
 
     def first(self, n: int) -> Weights:
         """Weight and bias of the first n slots."""
@@ -123,24 +119,35 @@ class _Rows:
 
 
 class _Columns:
-    """Columns of a layer by component. The bias is the layer's own."""
+    """Columns of a layer by component, transposed. The bias is the layer's own.
+
+    So that a component is one piece of memory, and the distance from one row to the next is always the same:
+    oneDNN has, and keeps, a kernel for each distance.
+    """
 
     def __init__(self, layer: Weights, components: int, capacity: int) -> None:
         weight, self._bias = layer
-        split = weight.unflatten(1, (components, -1))  # (out, K, u)
-        self._target = weight.new_empty(len(weight), capacity, split.shape[2])
-        self.copies = [(split.movedim(1, 0), self._target.movedim(1, 0))]
+        source = weight.unflatten(1, (components, -1)).permute(1, 2, 0)  # (K, u, out)
+        self._target = weight.new_empty(capacity, *source.shape[1:])
+        self.copies = [(source, self._target)]
 
     def first(self, n: int) -> Weights:
-        """Weight, whose rows lie ``capacity`` components apart, and bias of the first n slots."""
-        return self._target[:, :n].flatten(1).data, self._bias
+        """Weight and bias of the first n slots."""
+        return self._target[:n].flatten(0, 1).t().data, self._bias
 
 
 def _copy(source: Tensor, components: np.ndarray, target: Tensor, slots: np.ndarray) -> None:
     if not source.is_cuda:
         for component, slot in zip(components.tolist(), slots.tolist(), strict=True):
-            target[slot].copy_(source[component])
+            target[slot].copy_(_quick_to_copy(source[component]))
         return
     # One kernel for all of them; from pinned memory nothing waits for the indices.
     where = torch.from_numpy(np.stack([components, slots])).pin_memory().to(source.device, non_blocking=True)
     target.index_copy_(0, where[1], source.index_select(0, where[0]))
+
+
+def _quick_to_copy(component: Tensor) -> Tensor:
+    """The same, contiguous where it was transposed: torch transposes such tensors in blocks."""
+    if component.ndim == 2 and component.stride(0) == 1:
+        return component.t().contiguous().t()
+    return component

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dydit.dynamic.dydit import DyDiT
+from dydit.errors import ConfigError
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.sliced import SlicedBlock
 
@@ -48,3 +49,15 @@ class Subnetwork(nn.Module):
         for part in blocks:
             tokens = part.block(tokens, cond, part.packed, part.capacity)
         return model.adapter.decode(model.backbone, tokens, cond)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Subnetwork:
+        """Refuse to move or convert: the weights are the engine's.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a subnetwork to move or convert",
+            expected="the engine that it came from",
+            remedy="move the engine, and take the subnetwork from it again",
+        )

@@ -27,16 +27,14 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._used = 0
+        self._memory, self._used = _memory(0), 0
 
     def restart(self) -> None:
         """A stage begins: tensors of the last one may be written over."""
-        if self._used > len(self._memory):
-            self._memory = self._memory[:0].clone()  # first the old one goes
-            with torch.inference_mode(False):  # else it could not be written to outside
-                self._memory = torch.empty(self._used + self._used // 8, dtype=torch.uint8, device="cpu")
-        self._used = 0
+        needed, self._used = self._used, 0
+        if needed > len(self._memory):
+            self._memory = _memory(0)  # first the old one goes
+            self._memory = _memory(needed + needed // 8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor, not initialised, that holds until the next stage."""
@@ -45,6 +43,11 @@ class Workspace:
         if self._used > len(self._memory):
             return torch.empty(shape, dtype=dtype, device="cpu")
         return self._memory[start : start + size].view(dtype).view(shape)
+
+
+@torch.inference_mode(False)  # else it could not be written to outside of it
+def _memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 class Workspaces:
@@ -59,11 +62,9 @@ class Workspaces:
         """A workspace that nobody else uses within the ``with``."""
         with self._lock:
             workspace = self._spare.pop() if self._spare else Workspace()
-        try:
-            yield workspace
-        finally:
-            with self._lock:
-                self._spare.append(workspace)
+        yield workspace  # not kept after an error: there may have been no memory for what it asked for
+        with self._lock:
+            self._spare.append(workspace)
 
     def clear(self) -> None:
         """Give the memory back."""

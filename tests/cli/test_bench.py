@@ -112,11 +112,31 @@ def test_what_a_model_does_not_take(command: Any, models: Any, exported: Path, t
     out = ("--no-memory", "--out", tmp_path / "bench")
     assert "a preset" in command("bench", models.dynamic, "--depth", "2", *out).error
     assert "a preset" in command("bench", models.dynamic, "--sweep", "tokens", *out).error
+    for ratio in ("0.3", "0.5"):
+        told = command("bench", models.dynamic, "--ratio", ratio, *out).error
+        assert f"--ratio {ratio} for {models.dynamic}; expected a preset" in told
     assert "static" in command("bench", models.static, *out).error
     wrong = command("bench", models.other, "--schedule", exported, *out).error
     assert "sha256" in wrong
     steps = command("bench", models.dynamic, "--schedule", exported, "--whole-run", "5", *out).error
     assert "--whole-run 5 with a schedule of 4 steps" in steps
+
+
+def test_the_ratio_of_a_preset(command: Any, tmp_path: Path) -> None:
+    words = (*TINY, *ONE, "--mode", "exact", "--rounds", "1")
+    given = bench(command, tmp_path / "given", *words, "--ratio", "0.7")
+    left_out = bench(command, tmp_path / "left_out", *words)
+    assert (given["settings"]["ratio"], left_out["settings"]["ratio"]) == (0.7, 0.5)
+    assert "--ratio 0.7" in given["command"] and "--ratio" not in left_out["command"]
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told = command("bench", *TINY, *ONE, "--compile", "--out", tmp_path / "bench").error
+    assert "--compile without a C++ compiler" in told and "leave --compile out" in told
+    assert not (tmp_path / "bench").exists()
 
 
 def test_a_folder_with_other_files_is_refused_before_the_work(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_builders import relative_error
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from dydit.cli.sample import exported_sampler, parse_labels
 from dydit.cli.sampler_options import SamplerChoice, sampler_settings
 from dydit.errors import ConfigError, DataError, ScheduleError
+from dydit.precision import DTYPES
+from dydit.runtime.engine import SubnetEngine
 
 
 def test_export_says_what_it_wrote(command: Any, models: Any, tmp_path: Path) -> None:
@@ -81,12 +84,55 @@ def test_a_small_memory_budget_changes_no_image(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("option", [("--memory-budget", "1GB"), ("--compile",), ("--mode", "exact")])
+@pytest.mark.parametrize(
+    "option", [("--memory-budget", "1GB"), ("--compile",), ("--mode", "exact"), ("--dtype", "bf16")]
+)
 def test_options_of_the_engine_need_a_schedule(
     command: Any, models: Any, tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     outcome = command("sample", models.dynamic, "--labels", "0", "--out", tmp_path / "out", *option)
     assert outcome.status == 2 and f"{option[0]} without --schedule" in outcome.error
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_samples_in_another_precision(
+    command: Any,
+    models: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    sampler: str,
+) -> None:
+    seen, call, exported = set(), SubnetEngine.forward, tmp_path / "exported"
+    chosen = ("--sampler", sampler, "--steps", "4", "--with-weights")
+    assert command("export", models.dynamic, "--out", exported, *chosen).status == 0
+    words = ("sample", exported, "--schedule", exported, "--labels", "0,3")
+    assert command(*words, "--out", tmp_path / "own").status == 0
+
+    def watched(self: SubnetEngine, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.add(x.dtype)
+        return call(self, x, *rest)
+
+    monkeypatch.setattr(SubnetEngine, "forward", watched)
+    outcome = command(*words, "--dtype", dtype, "--out", tmp_path / "other")
+    assert outcome.status == 0, outcome.err
+    assert seen == {DTYPES[dtype]}
+    own, other = (load_file(tmp_path / name / "samples.safetensors")["images"] for name in ("own", "other"))
+    assert own.shape == other.shape and other.dtype == torch.float32 and other.isfinite().all()
+    assert torch.equal(own, other) == (dtype == "fp32")
+    assert relative_error(other, own) < 5e-2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler is that of the CPU")
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    command: Any, models: Any, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    words = ("--schedule", exported, "--labels", "0", "--compile", "--out", tmp_path / "s")
+    told = command("sample", exported, *words).error
+    assert "--compile without a C++ compiler" in told and "leave --compile out" in told
+    assert not (tmp_path / "s").exists()
 
 
 def test_equal_commands_write_equal_files(command: Any, models: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -246,6 +247,24 @@ def test_a_block_keeps_the_slices_of_its_last_mask(tmp_path: Path) -> None:
     assert [found.packs[i] is packs[i] for i in range(model.shape.depth)] == same and not all(same)
 
 
+def test_old_slices_go_before_new_ones_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dydit(0, mixed=False)
+    found = deployed(tmp_path, model, routed(model, capacities=False))
+    make, old = Deployment._slices, list[weakref.ref[Any]]()
+
+    def watched(self: Deployment, row: int, block: dict[str, Any]) -> dict[str, Any]:
+        assert sum(ref() is not None for ref in old) < model.shape.depth
+        pack = make(self, row, block)
+        old.append(weakref.ref(pack["out"][0]))
+        return pack
+
+    monkeypatch.setattr(Deployment, "_slices", watched)
+    x, y = small_inputs(model.shape)
+    for t in STEPS:
+        found(x, t, y)
+    assert len(old) > model.shape.depth
+
+
 def test_two_threads(tmp_path: Path) -> None:
     """Each wants other slices than the other."""
     model = small_dydit(0, mixed=False)
@@ -274,6 +293,10 @@ def test_the_device_is_the_folders_own(tmp_path: Path, monkeypatch: pytest.Monke
     model = small_dydit(0, mixed=False)
     schedule = routed(model, capacities=False)
     assert deployed(tmp_path, model, schedule).device == torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"no .*compiled.pt2; expected compiled programs; leave out compiled"
+    ):
+        Deployment(tmp_path, compiled=True)
     with pytest.raises(ValueError, match="device meta for compiled .*; expected cpu, .*; leave out compiled"):
         Deployment(tmp_path, device="meta", compiled=True)
     plan = tmp_path / "deployment.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -114,3 +115,14 @@ def test_a_compiled_engine_is_counted_like_any_other() -> None:
         for compile in (False, True)
     ]
     assert calls[0].counted == calls[1].counted and calls[1].counted.total == calls[1].analytic.total
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_threads_share_a_compiled_engine(counter: Any, mode: Mode) -> None:
+    """From the first call on, at which both compile."""
+    model, schedule = many_subnetworks()
+    fast = SubnetEngine(model, schedule, mode=mode, compile=True)
+    eager = SubnetEngine(model, schedule, mode=mode)
+    with ThreadPoolExecutor(2) as pool:
+        errors = pool.map(lambda steps: largest_error(fast, eager, steps), (STEPS[:6], STEPS[5::-1]))
+    assert max(errors) < 1e-5

@@ -63,13 +63,13 @@ def test_sliced_equals_masked_in_half_precision(dtype: torch.dtype, mode: Mode) 
 @given(st.integers(1, 10**6))
 def test_few_sizes_and_little_in_vain(count: int) -> None:
     computed = filled_up(count)
-    assert computed % 16 == 0 and count <= computed < count + max(16, count / 32)
+    assert computed % 16 == 0 and count <= computed < count + max(16, count / 16)
     assert filled_up(computed) == computed
 
 
-def test_an_octave_has_at_most_32_sizes() -> None:
+def test_an_octave_has_at_most_16_sizes() -> None:
     for low in (256, 1024, 4096):
-        assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 32
+        assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 16
 
 
 @pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time
@@ -78,8 +78,11 @@ def test_attention_in_products_or_in_one_kernel(
     dtype: torch.dtype, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "SCORES", scores)
-    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    projected = torch.randn(2, 16, 4, 3, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = projected.permute(3, 0, 2, 1, 4)  # as the engine has them: parts of one layer's output
     expected = F.scaled_dot_product_attention(q, k, v)
-    for workspace in (None, Workspace()):
+    room = Workspace()
+    for workspace in (None, room, room):  # the first time it has no memory yet
+        room.restart()
         found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype), workspace)
         assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from dydit.config import DyDiTConfig
 from dydit.errors import ConfigError
 from dydit.export.schedule import SubnetSchedule
+from dydit.runtime import cache
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.packing import block_bytes, group_bytes, head_bytes
 from dydit.runtime.packs import SchedulePacks
@@ -79,6 +82,36 @@ def test_the_default_budget_is_one_more_copy_of_the_blocks() -> None:
     assert found._packs._cache.budget == copy
 
 
+def test_timesteps_share_what_has_the_same_mask() -> None:
+    found = packs()
+    alone = [found.bytes_at(position) for position in range(len(TIMESTEPS))]
+    assert found.bytes_at(0, 0) == alone[0]
+    assert max(alone) <= found.bytes_at(*range(len(TIMESTEPS))) <= sum(alone)
+    assert found.statistics().schedule_bytes == found.bytes_at(*range(len(TIMESTEPS)))
+    assert found.statistics().misses == 0  # to tell makes nothing
+
+
+def test_slots_go_before_others_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a budget of one block, in an engine's run: no name may hold the slices of the block before."""
+    model = small_dydit()
+    blocks = model.adapter.blocks(model.backbone)
+    budget = max(block_bytes(model.adapter.attention(b), model.adapter.mlp(b)) for b in blocks)
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS), memory_budget=budget)
+    make, made = cache.PackCache._fill, weakref.WeakKeyDictionary[Any, int]()  # slots -> bytes
+
+    def watched(self: cache.PackCache, entry: Any, cut: Any) -> None:
+        made[entry.slots] = cut.size
+        most.append(sum(made.values()))
+        make(self, entry, cut)
+
+    most: list[int] = []
+    monkeypatch.setattr(cache.PackCache, "_fill", watched)
+    x, y = small_inputs(model.shape)
+    for t in TIMESTEPS * 2:
+        engine(x, t, y)
+    assert budget / 2 < max(most) <= budget and engine.pack_statistics().evictions > 0
+
+
 def test_on_the_cpu_nothing_is_prepared() -> None:
     found = packs()
     found.prepare_next(0, CPU)
@@ -102,7 +135,10 @@ def test_heads_and_groups_are_packed_once_per_mask_of_their_own() -> None:
     )
     engine = SubnetEngine(model, crossed, memory_budget=10**9)
     part = model.backbone.blocks[0]
-    head, group = head_bytes(model.adapter.attention(part)), group_bytes(model.adapter.mlp(part), G)
+    head, group = (
+        head_bytes(model.adapter.attention(part)),
+        group_bytes(model.adapter.mlp(part), G),
+    )
     x, y = small_inputs(model.shape)
     for t in crossed.timesteps:
         engine(x, t, y)
@@ -125,6 +161,9 @@ def test_a_conversion_measures_the_slices_anew() -> None:
     assert engine.computed_tokens(5) == 5
     with pytest.raises(ConfigError, match="memory budget"):
         engine.double()
+    with pytest.raises(ConfigError, match="memory budget"):  # nor does it wait for memory that never comes
+        for t in TIMESTEPS:
+            engine(x.double(), t, y)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and graphs are its own")

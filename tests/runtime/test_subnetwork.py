@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from dydit.config import DyDiTConfig
-from dydit.errors import ScheduleError
+from dydit.errors import ConfigError, ScheduleError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.engine import Mode, SubnetEngine
+from dydit.runtime.packing import block_bytes
 from dydit.shapes import CONDITIONINGS
 
 
@@ -55,7 +56,7 @@ def test_torch_compile_takes_it_as_one_graph(conditioning: str) -> None:
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_torch_export_takes_it_as_one_program(conditioning: str, tmp_path: Path) -> None:
-    """For any number of samples; the file holds what the subnetwork needs and no other weights."""
+    """For any number of samples."""
     engine = make_engine(conditioning)
     x, y = small_inputs(engine.shape)
     t = TIMESTEPS[2]
@@ -66,8 +67,48 @@ def test_torch_export_takes_it_as_one_program(conditioning: str, tmp_path: Path)
     for count in (2, 5):
         x, y = small_inputs(engine.shape, batch=count)
         assert relative_error(loaded(x, y), engine(x, t, y)) < 1e-5
-    names = {"qkv", "fc1"}  # whole layers would be buffers of the backbone
-    assert not any(name in key for key in program.state_dict for name in names)
+
+
+def test_an_exported_file_holds_no_other_weights(tmp_path: Path) -> None:
+    """Also where slices are views: a tensor is saved with all of the memory that it is a view of."""
+    model = small_dydit(config=DyDiTConfig(nested=True, token_router_ratio=4), hidden_size=128)
+    engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))
+    x, y = small_inputs(model.shape)
+    subnetwork = engine.subnetwork(TIMESTEPS[0])
+    packed = [part.packed for part in subnetwork._parts[1]]
+    tensors = [
+        t for p in packed for pair in (*p.qkv, p.out, p.fc1, p.fc2) if pair for t in pair if t is not None
+    ]
+    cut = sum(t.nbytes for t in tensors)
+    blocks = [(model.adapter.attention(b), model.adapter.mlp(b)) for b in model.backbone.blocks]
+    whole = sum(block_bytes(*parts) for parts in blocks)
+    assert cut < 0.8 * whole
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == cut
+    assert relative_error(subnetwork(x, y), engine(x, TIMESTEPS[0], y)) < 1e-5
+
+
+def test_it_stays_where_the_engine_is() -> None:
+    with pytest.raises(ConfigError, match="a subnetwork to move or convert; .*; move the engine"):
+        make_engine().subnetwork(TIMESTEPS[0]).double()
+
+
+def test_torch_export_of_a_whole_engine_is_refused() -> None:
+    engine = make_engine()
+    x, y = small_inputs(engine.shape)
+    with pytest.raises(Exception, match=r"an engine in torch.export; .*; export engine.subnetwork"):
+        torch.export.export(engine, (x, torch.tensor(TIMESTEPS[0]), y))
+    assert relative_error(engine(x, TIMESTEPS[0], y), make_engine()(x, TIMESTEPS[0], y)) < 1e-6
+
+
+def test_torch_compile_of_a_whole_engine_runs_it_as_it_is() -> None:
+    engine = make_engine()
+    x, y = small_inputs(engine.shape)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(engine, backend=counter)
+    for t in TIMESTEPS * 2:
+        assert torch.equal(compiled(x, t, y), engine(x, t, y))
+    assert counter.frame_count == 0
 
 
 def test_another_timestep_is_refused() -> None:

@@ -56,12 +56,18 @@ def test_each_user_has_one_of_their_own() -> None:
         assert new not in (first, second)
 
 
-def test_one_is_given_back_after_an_error() -> None:
+def test_memory_that_there_is_not_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     workspaces = Workspaces()
     with pytest.raises(RuntimeError), workspaces.one() as first:
-        raise RuntimeError
-    with workspaces.one() as again:
-        assert again is first
+        first.empty((2**62,), torch.uint8)  # more than a process can address
+    with workspaces.one() as workspace:
+        workspace.restart()
+        workspace.empty((3,), torch.uint8)
+        workspace._used = 2**62
+        with pytest.raises(RuntimeError):
+            workspace.restart()
+        workspace.restart()
+        assert len(workspace.empty((3,), torch.uint8)) == 3
 
 
 def test_without_a_workspace_torch_makes_the_memory() -> None:
@@ -76,7 +82,12 @@ def test_without_a_workspace_torch_makes_the_memory() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_in_a_workspace(bias: bool) -> None:
     layer, x = torch.nn.Linear(6, 5, bias=bias).requires_grad_(False), torch.randn(2, 3, 6)
-    torch.testing.assert_close(linear(x, (layer.weight, layer.bias), Workspace()), layer(x))
+    workspace = Workspace()
+    for _ in range(2):  # the first time it has no memory yet
+        workspace.restart()
+        found = linear(x, (layer.weight, layer.bias), workspace)
+        torch.testing.assert_close(found, layer(x))
+    assert found.untyped_storage().nbytes() >= found.nbytes + ALIGNMENT // 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
