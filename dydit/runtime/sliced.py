@@ -22,9 +22,9 @@ from dydit.runtime.workspace import Workspace, over, space
 def filled_up(count: int) -> int:
     """The number of rows to compute for ``count``: the next multiple of 16, or of about a 16th of them.
 
-    For bfloat16 and float16 on the CPU, where oneDNN makes a kernel for each size and keeps it, two thirds of
-    a megabyte each. With sizes that no call has in common with another, that takes time in every call, and
-    its memory grows; an octave has 16 sizes at most.
+    For bfloat16 and float16 on the CPU, where oneDNN makes a kernel for each size and keeps it: with sizes
+    that no call has in common with another, that takes time in every call, and its memory grows. An octave
+    has 16 sizes at most.
     """
     step = 1 << max(4, count.bit_length() - 5)
     return -(-count // step) * step
