@@ -39,6 +39,7 @@ class Calibration:
         target: of the search; None: the thresholds were left as they were.
         samples, seed: of the calibration set.
         passes: trajectories that were run to find the thresholds.
+        macs: deployed MACs per sample at each timestep (S,) in exact mode, at ``after``.
         chosen: capacities, where they were asked for.
     """
 
@@ -50,6 +51,7 @@ class Calibration:
     samples: int
     seed: int
     passes: int
+    macs: np.ndarray
     chosen: Capacities | None = None
 
     @property
@@ -66,6 +68,7 @@ class Calibration:
             "passes": self.passes,
             "thresholds": {"before": asdict(self.before), "after": asdict(self.after)},
             "ratio": {"before": self.ratio_before, "after": self.ratio_after},
+            "macs_per_timestep": [round(macs) for macs in self.macs.tolist()],
         }
         if self.chosen is not None:
             found["capacity"] = {
@@ -124,8 +127,8 @@ def calibrate(
     except BaseException:
         before.apply(model)
         raise
-    ratios = first.ratio(before), recording.ratio(after)
-    return Calibration(before, after, *ratios, target, samples, seed, len(search.measured), chosen)
+    ratios, macs = (first.ratio(before), recording.ratio(after)), recording.macs_per_timestep(after)
+    return Calibration(before, after, *ratios, target, samples, seed, len(search.measured), macs, chosen)
 
 
 class _Search:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -116,14 +117,23 @@ class Recording:
         """Of each call's timestep among the sampler's (R,)."""
         return [call.position for call in self.calls]
 
+    def macs_per_timestep(self, thresholds: Thresholds) -> np.ndarray:
+        """Deployed MACs per sample at each timestep (S,) of the sampler, mean over its calls and samples."""
+        macs = self._macs(thresholds, self.kept_tokens(thresholds)).double().mean(1).cpu().numpy()  # (R,)
+        positions = np.asarray(self.positions)
+        return np.array([macs[positions == i].mean() for i in range(len(self.heads))])
+
     def _ratio(self, thresholds: Thresholds, kept: Tensor) -> float:
+        mean: float = self._macs(thresholds, kept).double().mean().item()
+        return mean / static_macs(self.shape)
+
+    def _macs(self, thresholds: Thresholds, kept: Tensor) -> Tensor:
+        """Of each call and sample (R, B)."""
         cut = logit(thresholds.width)
         heads, groups = (
             (logits > cut).sum(-1)[self.positions].unsqueeze(1) for logits in (self.heads, self.groups)
         )  # (R, 1, L)
-        blocks = self._cost.executed(heads, groups, kept).sum(-1)  # (R, B)
-        mean: float = blocks.double().mean().item()
-        return (outer_macs(self.shape) + mean) / static_macs(self.shape)
+        return outer_macs(self.shape) + self._cost.executed(heads, groups, kept).sum(-1)
 
     @cached_property
     def _cost(self) -> BlockCost:

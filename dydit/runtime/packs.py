@@ -210,8 +210,9 @@ class _Kind:
 
     def bytes_of_copy(self, block: int, number: int) -> int:
         """Of a block's mask; 0 for a view."""
-        copied = not self.masks.views[number]
-        return copied * int(self.masks.distinct[number].sum()) * self.component_bytes(self.parts[block])
+        if self.masks.views[number]:
+            return 0
+        return int(self.masks.distinct[number].sum()) * self.component_bytes(self.parts[block])
 
     def number(self, position: int, block: int) -> int:
         """Of a block's mask at a timestep."""

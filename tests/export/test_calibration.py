@@ -69,6 +69,8 @@ def test_the_engine_of_the_calibrated_model_executes_the_target() -> None:
     # Rounding may decide a token otherwise in the engine; the target is a mean over thousands.
     assert np.mean(shares) == pytest.approx(found.ratio_after, rel=1e-3)
     assert np.mean(shares) == pytest.approx(0.5, rel=0.01)
+    assert np.array(shares) * static_macs(model.shape) == pytest.approx(found.macs, rel=5e-3)
+    assert found.to_json()["macs_per_timestep"] == [round(macs) for macs in found.macs]
 
 
 @settings(max_examples=15)
