@@ -38,9 +38,9 @@ def time_runs(
         plain = partial(subject.trajectory, engine, batch)
         runs[mode] = plain if settings.compile else _Recorded(subject, engine, batch)
     if settings.compile:  # every graph is made before the clock runs; CUDA graphs in a timestep's second call
-        for name, run in runs.items():
-            for _ in range(2 if name in variants.engines and variants.engines[name].records else 1):
-                deque(run(), maxlen=0)
+        passes = 2 if any(engine.records for engine in variants.engines.values()) else 1
+        for run in [*runs.values()] * passes:
+            deque(run(), maxlen=0)
     ms: dict[str, list[float]] = {name: [] for name in runs}
     packs: dict[str, dict[str, int]] = {}
     for _ in range(settings.whole_rounds):

@@ -1,4 +1,4 @@
-"""What verbs that run networks share: number formats, and the compiler that some of them call."""
+"""What verbs that run networks share: number formats, options that need others, the compiler."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ class DtypeChoice(str, Enum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+
+
+def check_together(*options: tuple[str, object, str, bool]) -> None:
+    """Refuse an option that would do nothing.
+
+    Args:
+        options: name and value of each, and name and value of what it belongs to.
+
+    Raises:
+        ConfigError: names it and the option that it belongs to.
+    """
+    for option, value, owner, given in options:
+        if value is not None and not given:
+            raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
 
 
 def check_compiler(option: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit.cli.execution import DtypeChoice, check_compiler
+from dydit.cli.execution import DtypeChoice, check_compiler, check_together
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
 from dydit.errors import ConfigError, OutputError
 
@@ -77,7 +77,7 @@ def export(
     _check_replaceable(out)
     if not (with_weights or order):
         _check_kept(model, out)
-    _check_together(
+    check_together(
         ("--target", target, "--calibrate", calibrate),
         ("--capacity-multiple", capacity_multiple, "--capacity", capacity),
         ("--calibration-samples", calibration_samples, "--calibrate or --capacity", calibrate or capacity),
@@ -232,27 +232,13 @@ def _target(given: float | None, trained: float | None) -> float:
     return target
 
 
-def _check_together(*options: tuple[str, object, str, bool]) -> None:
-    """Refuse an option that would do nothing.
-
-    Args:
-        options: name and value of each, and name and value of what it belongs to.
-
-    Raises:
-        ConfigError: names it and the option that it belongs to.
-    """
-    for option, value, owner, given in options:
-        if value is not None and not given:
-            raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
-
-
 def _check_aot(aot: bool, dtype: DtypeChoice | None, compile: bool | None) -> None:
     """Refuse an option of programs that are not to be written, and to compile without a compiler.
 
     Raises:
         ConfigError: says what to add or leave out.
     """
-    _check_together(("--aot-dtype", dtype, "--aot", aot), ("--aot-compile", compile, "--aot", aot))
+    check_together(("--aot-dtype", dtype, "--aot", aot), ("--aot-compile", compile, "--aot", aot))
     if compile:
         check_compiler("--aot-compile")
 

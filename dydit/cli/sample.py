@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit.cli.execution import DtypeChoice, check_compiler
+from dydit.cli.execution import DtypeChoice, check_compiler, check_together
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
 from dydit.cli.sizes import parse_bytes
-from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
+from dydit.errors import CheckpointError, DataError, ScheduleError
 
 if TYPE_CHECKING:
     from dydit.latents.autoencoder import Autoencoder
@@ -74,9 +74,10 @@ def sample(
     engine_options = {
         "--mode": mode, "--memory-budget": memory_budget, "--compile": compile, "--dtype": dtype
     }  # fmt: skip
-    for option, given in engine_options.items():
-        if given and schedule is None:
-            raise ConfigError(f"{option} without --schedule", remedy=f"add --schedule, or leave {option} out")
+    with_engine = schedule is not None
+    check_together(
+        *((name, given or None, "--schedule", with_engine) for name, given in engine_options.items())
+    )
     budget = parse_bytes("--memory-budget", memory_budget)
     import torch
 

@@ -106,11 +106,11 @@ class PackCache:
 
     def _can_have(self, cuts: Sequence[Cut]) -> bool:
         """Whether nobody is reading what would have to be written over or dropped."""
-        held = {cut.key: self._entries[cut.key] for cut in cuts if cut.key in self._entries}
-        if any(held[cut.key].users and held[cut.key].mask != cut.mask for cut in cuts if cut.key in held):
+        held = {cut.key: (cut, self._entries[cut.key]) for cut in cuts if cut.key in self._entries}
+        if any(entry.users and entry.mask != cut.mask for cut, entry in held.values()):
             return False
         missing = sum(cut.size for cut in cuts if cut.key not in held)
-        stay = (e.size for key, e in self._entries.items() if e.users or key in held)
+        stay = (entry.size for key, entry in self._entries.items() if entry.users or key in held)
         return not missing or sum(stay) + missing <= self.budget
 
     def _make(self, cuts: Sequence[Cut]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
@@ -23,7 +23,7 @@ from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.packs import PackStatistics, SchedulePacks
-from dydit.runtime.sliced import STAGES, SlicedBlock, filled_up
+from dydit.runtime.sliced import STAGES, SlicedBlock, Stages, filled_up
 from dydit.runtime.subnetwork import BlockAtTimestep, Subnetwork
 from dydit.runtime.workspace import Workspace, Workspaces
 
@@ -81,11 +81,7 @@ class SubnetEngine(nn.Module):
         weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
         self._packs = SchedulePacks(weights, schedule, memory_budget)
         self._compile, self._graphs, self._workspaces = compile, CudaGraphs(), Workspaces()
-        stages, threshold = compiled_stages() if compile else STAGES, schedule.routing.token_threshold
-        self.blocks = nn.ModuleList(
-            SlicedBlock(adapter, block, routers.token_router, threshold, stages)
-            for block, routers in zip(blocks, model.routers, strict=True)
-        )
+        self.blocks = nn.ModuleList(self._sliced_blocks(compiled_stages() if compile else STAGES))
 
     @property
     def null_label(self) -> int | Tensor | None:
@@ -150,15 +146,10 @@ class SubnetEngine(nn.Module):
         Raises:
             ScheduleError: the timestep is not in the schedule.
         """
-        position, parts = self.schedule.index_of(timestep), self.model.adapter.blocks(self.model.backbone)
-        threshold = self.schedule.routing.token_threshold
+        position = self.schedule.index_of(timestep)
         blocks = [
-            BlockAtTimestep(
-                SlicedBlock(self.model.adapter, block, routers.token_router, threshold),
-                self._packs.take(position, i),
-                self._capacity(position, i),
-            )
-            for i, (block, routers) in enumerate(zip(parts, self.model.routers, strict=True))
+            BlockAtTimestep(block, self._packs.take(position, i), self._capacity(position, i))
+            for i, block in enumerate(self._sliced_blocks(STAGES))
         ]
         return Subnetwork(self.model, float(timestep), blocks)
 
@@ -213,6 +204,11 @@ class SubnetEngine(nn.Module):
         moved = super()._apply(fn, recurse)
         self._packs.measure()
         return moved
+
+    def _sliced_blocks(self, stages: Stages) -> Iterator[SlicedBlock]:
+        adapter, threshold = self.model.adapter, self.schedule.routing.token_threshold
+        for block, routers in zip(adapter.blocks(self.model.backbone), self.model.routers, strict=True):
+            yield SlicedBlock(adapter, block, routers.token_router, threshold, stages)
 
     def _check_dtypes(self, x: Tensor, y: Tensor) -> None:
         dtype = next(self.model.parameters()).dtype

@@ -69,14 +69,8 @@ class PackedBlock:
         )
 
 
-def is_view(mask: np.ndarray) -> bool:
-    """Whether the components of a mask (K,), bool, lie side by side: nothing is copied for them."""
-    index = np.flatnonzero(mask)
-    return len(index) == 0 or bool(index[-1] - index[0] + 1 == len(index))
-
-
 def view_attention(parts: AttentionParts, heads: np.ndarray) -> PackedAttention:
-    """The attention for a head mask (H,) that ``is_view``: the weights themselves, or views of them."""
+    """The attention for a head mask (H,) of one run: the weights themselves, or views of them."""
     first, count = _run(heads)
     H, d = parts.num_heads, parts.out.in_features // parts.num_heads
     layers = [weights_of(layer) for layer in parts.qkv]
@@ -95,7 +89,7 @@ def view_attention(parts: AttentionParts, heads: np.ndarray) -> PackedAttention:
 
 
 def view_mlp(parts: MlpParts, groups: np.ndarray) -> PackedMlp:
-    """The MLP for a group mask (G,) that ``is_view``: the weights themselves, or views of them."""
+    """The MLP for a group mask (G,) of one run: the weights themselves, or views of them."""
     first, count = _run(groups)
     units = parts.fc1.out_features // len(groups)
     start, size = first * units, count * units
@@ -149,7 +143,7 @@ def block_bytes(attention: AttentionParts, mlp: MlpParts) -> int:
 
 
 def _run(mask: np.ndarray) -> tuple[int, int]:
-    """First component and number of components of a mask that ``is_view``."""
+    """First component and number of components of a mask of one run, or none."""
     index = np.flatnonzero(mask)
     return (int(index[0]), len(index)) if len(index) else (0, 0)
 

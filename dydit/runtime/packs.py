@@ -122,8 +122,7 @@ class SchedulePacks:
 
     def forget(self) -> None:
         """Drop every packing: the weights are about to move."""
-        self._known: dict[tuple[int, int, int], Cut | View] = {}
-        self._cache.reset(self._cache.budget)
+        self._start(self._cache.budget)
 
     def measure(self) -> None:
         """Look at the weights anew, which have moved or have another dtype; nothing is packed then.
@@ -134,19 +133,24 @@ class SchedulePacks:
         blocks = [block_bytes(*parts) for parts in self._blocks]
         budget = sum(blocks) if self._asked is None else self._asked
         check_budget(budget, max(blocks))
-        self._every = self.bytes_at(*range(len(self._kinds[0].masks.numbers)))
-        self.all_fit = self._every <= budget
+        self._sizes = {
+            (index, block, number): kind.bytes_of_copy(block, number)
+            for index, kind in enumerate(self._kinds)
+            for block in range(len(blocks))
+            for number in kind.masks.of_block(block)
+        }
+        self.all_fit = sum(self._sizes.values()) <= budget
         self._one_for_all = not self.all_fit and not self._blocks[0][0].out.weight.is_cuda
-        self.forget()
-        self._cache.reset(budget)
+        self._start(budget)
 
     def statistics(self) -> PackStatistics:
         """Counters so far."""
         cache = self._cache
         with self._lock:
             return PackStatistics(
-                self._hits, self._misses, cache.bytes, cache.evictions, self._views, cache.copied, self._every
-            )
+                self._hits, self._misses, cache.bytes, cache.evictions, self._views, cache.copied,
+                sum(self._sizes.values()),
+            )  # fmt: skip
 
     def prepare_next(self, position: int, device: torch.device) -> None:
         """Make the slices of the timestep after ``position``, on a GPU beside what it computes from now on.
@@ -168,13 +172,18 @@ class SchedulePacks:
 
     def bytes_at(self, *positions: int) -> int:
         """Memory of the slices of some timesteps together, those that they share once, each mask apart."""
-        sizes = {
-            (index, block, number): kind.bytes_of_copy(block, number)
+        parts = {
+            (index, block, number)
             for index, kind in enumerate(self._kinds)
             for position in positions
             for block, number in enumerate(kind.masks.numbers[position].tolist())
         }
-        return sum(sizes.values())
+        return sum(self._sizes[part] for part in parts)
+
+    def _start(self, budget: float) -> None:
+        """With nothing packed."""
+        self._known: dict[tuple[int, int, int], Cut | View] = {}
+        self._cache.reset(budget)
 
     def _parts(self, position: int, block: int) -> tuple[list[Any], bool]:
         """A block's attention and MLP; and whether one is a view that was made only now."""
@@ -236,7 +245,7 @@ class _Kind:
         if self.masks.views[number]:
             return self.view(part, mask)
         order = self.masks.order(block, number)
-        capacity = int(self.masks.counts_of_copies(block).max()) if one_for_all else len(order)
+        capacity = self.masks.most(block) if one_for_all else len(order)
         return Cut(
             key=key if one_for_all else (*key, number),
             mask=number,

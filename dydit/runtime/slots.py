@@ -48,8 +48,7 @@ class Slots:
         count = len(order)
         slots = np.flatnonzero(self._held[:count] != order)
         self._held[slots] = -1  # in case that the copy fails
-        for source, target in self._copies:
-            _copy(source, order[slots], target, slots)
+        _copy(self._copies, order[slots], slots)
         self._held[slots] = order[slots]
         return self._packed(count), len(slots) * self._component_bytes
 
@@ -136,14 +135,18 @@ class _Columns:
         return self._target[:n].flatten(0, 1).t().data, self._bias
 
 
-def _copy(source: Tensor, components: np.ndarray, target: Tensor, slots: np.ndarray) -> None:
-    if not source.is_cuda:
+def _copy(copies: Sequence[tuple[Tensor, Tensor]], components: np.ndarray, slots: np.ndarray) -> None:
+    """Copy components of every source into slots of its target."""
+    device = copies[0][0].device
+    if device.type != "cuda":
         for component, slot in zip(components.tolist(), slots.tolist(), strict=True):
-            target[slot].copy_(_quick_to_copy(source[component]))
+            for source, target in copies:
+                target[slot].copy_(_quick_to_copy(source[component]))
         return
-    # One kernel for all of them; from pinned memory nothing waits for the indices.
-    where = torch.from_numpy(np.stack([components, slots])).pin_memory().to(source.device, non_blocking=True)
-    target.index_copy_(0, where[1], source.index_select(0, where[0]))
+    # One kernel for all components; from pinned memory nothing waits for the indices.
+    where = torch.from_numpy(np.stack([components, slots])).pin_memory().to(device, non_blocking=True)
+    for source, target in copies:
+        target.index_copy_(0, where[1], source.index_select(0, where[0]))
 
 
 def _quick_to_copy(component: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ def test_a_conversion_measures_the_slices_anew() -> None:
     with pytest.raises(ConfigError, match="memory budget"):  # nor does it wait for memory that never comes
         for t in TIMESTEPS:
             engine(x.double(), t, y)
+    engine.float()(x, TIMESTEPS[0], y)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and graphs are its own")

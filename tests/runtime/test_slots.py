@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -60,12 +62,12 @@ def test_orders_by_hand() -> None:
 
 
 @given(masks, st.randoms(use_true_random=False))
-def test_groups_in_slots_are_those_of_the_mask(sequence: list[np.ndarray], random: object) -> None:
+def test_groups_in_slots_are_those_of_the_mask(sequence: list[np.ndarray], random: Random) -> None:
     _, mlp = parts()
     orders = slot_orders(sequence)
     slots = mlp_slots(mlp, G, max(len(order) for order in orders))
     calls = [*orders, *orders]
-    random.shuffle(calls)  # type: ignore[attr-defined]
+    random.shuffle(calls)
     for order in calls:
         packed, _ = slots.fill(order)
         assert isinstance(packed, PackedMlp) and packed.fc1 is not None and packed.fc1[1] is not None
