@@ -11,9 +11,13 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from dydit.costs import MODULATION_ROWS, has_affine_norms
+from dydit.processor import HAS_AMX
 
 NORM_EPS = 1e-6
-MOST_ROWS = 4  # with 8 rows both products take the same time
+# Numbers of rows, by dtype, for which the transposed product of adaLN's layer is the faster one.
+TRANSPOSED = (
+    {torch.float32: range(5, 17), torch.bfloat16: range(2, 17)} if HAS_AMX else {torch.float32: range(2, 5)}
+)
 
 
 @dataclass(frozen=True)
@@ -62,23 +66,29 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, out: Tensor 
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1), out=out)
 
 
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    """Residual x + gate·branch over (B, N, D), with gate (B, D) or None."""
-    return x + branch if gate is None else torch.addcmul(x, gate.unsqueeze(1), branch)
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Residual x + gate·branch over (B, N, D), with gate (B, D) or None.
+
+    Args:
+        out: memory (B, N, D) for the result; None: new memory.
+    """
+    if gate is None:
+        return torch.add(x, branch, out=out)
+    return torch.addcmul(x, gate.unsqueeze(1), branch, out=out)
 
 
 class ModulationLinear(nn.Linear):
-    """A linear layer with one row per sample; on the CPU, 2 to 4 float32 rows run by a faster product.
+    """A linear layer with one row per sample; on the CPU, a few rows run by a faster product.
 
-    With few rows the layer is a stream of weights. BLAS reads them far below the memory's speed, but not in
-    the transposed product, weights first (``tools/measure_products.py``).
+    With few rows the layer is a stream of weights. Some libraries read them far below the memory's speed, but
+    not in the transposed product, weights first (``tools/measure_products.py``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x (B, D) to (B, out)."""
         if torch.compiler.is_compiling():  # for any number of rows
             return super().forward(x)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not 1 < len(x) <= MOST_ROWS:
+        if x.device.type != "cpu" or len(x) not in TRANSPOSED.get(x.dtype, ()):
             return super().forward(x)
         return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t().contiguous()
 

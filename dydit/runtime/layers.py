@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydit.processor import HAS_AMX
 from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
+FEW_ROWS = 512  # up to here, float32's product with GELU in it gains over BLAS's
 SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
 
 
@@ -37,13 +39,13 @@ def sliced_attention(packed: PackedBlock, x: Tensor, workspace: Workspace | None
 def self_attention(q: Tensor, k: Tensor, v: Tensor, workspace: Workspace | None = None) -> Tensor:
     """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
 
-    In bfloat16 on the CPU, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two products and
-    the softmax, of as many heads at a time as have ``SCORES`` scores (``tools/measure_products.py``). Not in
-    compiled code, whose sizes are symbolic.
+    In bfloat16 on a CPU without AMX, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two
+    products and the softmax, of as many heads at a time as have ``SCORES`` scores
+    (``tools/measure_products.py``). Not in compiled code, whose sizes are symbolic.
     """
     N = q.shape[2]
     in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if not in_products or N * N > SCORES:
+    if HAS_AMX or not in_products or N * N > SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     return _attention_in_products(q, k, v, SCORES // (N * N), workspace)
 
@@ -75,26 +77,46 @@ def sliced_mlp(
     if packed.fc1 is None:
         bias = packed.fc2[1]
         return torch.zeros_like(x) if bias is None else bias.expand_as(x)
-    hidden = linear(x, packed.fc1, workspace)
-    if workspace is not None and isinstance(act, nn.GELU):
-        hidden = torch.ops.aten.gelu.out(hidden, approximate=act.approximate, out=hidden)
-    else:
-        hidden = act(hidden)
-    return linear(hidden, packed.fc2, workspace)
+    return linear(linear(x, packed.fc1, workspace, act), packed.fc2, workspace)
 
 
-def linear(x: Tensor, layer: Weights, workspace: Workspace | None = None) -> Tensor:
-    """A linear layer over x (..., in)."""
+def linear(
+    x: Tensor,
+    layer: Weights,
+    workspace: Workspace | None = None,
+    act: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A linear layer over x (..., in), and an activation of what it gives; None: none."""
     weight, bias = layer
-    if workspace is None:
-        return F.linear(x, weight, bias)
+    gelu = act.approximate if isinstance(act, nn.GELU) else None
+    if workspace is None or not (act is None or gelu):
+        result = F.linear(x, weight, bias)
+        return result if act is None else act(result)
+    if in_one_kernel(x, weight, gelu is not None):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
     rows = x.view(-1, x.shape[-1])
     out = workspace.empty((len(rows), len(weight)), x.dtype)
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
+    if gelu:
+        torch.ops.aten.gelu.out(out, approximate=gelu, out=out)
     return out.view(*x.shape[:-1], -1)
+
+
+def in_one_kernel(x: Tensor, weight: Tensor, activated: bool) -> bool:
+    """Whether oneDNN's product, which adds the bias and applies GELU on its way, is faster than BLAS's.
+
+    On a CPU with AMX: in bfloat16 it is, in float32 with GELU over few rows. (It takes new memory. Inductor
+    uses it too; PyTorch has no public name for it. ``tools/measure_products.py``.)
+    """
+    if not HAS_AMX or not torch.backends.mkldnn.enabled:
+        return False
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return False  # many times slower
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and activated and few)
 
 
 def _contiguous(x: Tensor, workspace: Workspace | None) -> Tensor:

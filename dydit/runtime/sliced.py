@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -107,18 +108,24 @@ class SlicedBlock(nn.Module):
             return stages.mlp_of_all(self, x, m, packed, **room)
         if not len(kept):
             return x
-        rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept))) if fill_up else None
+        # The last token again and again, as rows ascend.
+        rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept)), value=B * N - 1) if fill_up else None
         return stages.mlp_of_kept(self, x, m, packed, kept, rows, **room)
 
     def attend(
         self, x: Tensor, cond: Conditioning, packed: PackedBlock, workspace: Workspace | None = None
     ) -> tuple[Tensor, Modulation, Tensor | None]:
-        """The block up to its MLP: tokens (B, N, D), a tensor of its own; modulation; token logits (B, N)."""
+        """The block up to its MLP: tokens (B, N, D), modulation, token logits (B, N).
+
+        With a workspace x itself is written over, else the tokens are a tensor of their own.
+        """
         adapter, block, router = self._parts
         _restart(workspace)
         m = adapter.modulation(block, cond)
-        normed = modulate(adapter.norms(block)[0](x), m.shift_attn, m.scale_attn)
-        x = add_gated(x, self.sliced_attention(packed, normed, workspace), m.gate_attn)
+        normed = adapter.norms(block)[0](x)
+        normed = modulate(normed, m.shift_attn, m.scale_attn, out=over(workspace, normed))
+        branch = self.sliced_attention(packed, normed, workspace)
+        x = add_gated(x, branch, m.gate_attn, out=over(workspace, x))
         x = adapter.cross(block, x, cond)
         return x, m, None if router is None else router(x)
 
@@ -127,8 +134,10 @@ class SlicedBlock(nn.Module):
     ) -> Tensor:
         """The MLP's branch of every token."""
         _restart(workspace)
-        normed = modulate(self._norm(x), m.shift_mlp, m.scale_mlp)
-        return add_gated(x, self.sliced_mlp(packed, self._act, normed, workspace), m.gate_mlp)
+        normed = self._norm(x)
+        normed = modulate(normed, m.shift_mlp, m.scale_mlp, out=over(workspace, normed))
+        update = self.sliced_mlp(packed, self._act, normed, workspace)
+        return add_gated(x, update, m.gate_mlp, out=over(workspace, x))
 
     def mlp_of_kept(
         self,
@@ -144,23 +153,15 @@ class SlicedBlock(nn.Module):
         One gather for the whole batch; norm, modulation, MLP and gate see the kept tokens only.
 
         Args:
-            rows: tokens (K',) to compute, of which ``kept`` are the first; None: these alone.
+            rows: tokens (K',) to compute, in ascending order, of which ``kept`` are the first; None: these
+                alone.
         """
         B, N, D = x.shape
         _restart(workspace)
-        rows = kept if rows is None else rows
-        sample = rows // N
-        shift, scale, gate = (
-            None if row is None else _gather(row, sample, workspace)
-            for row in (m.shift_mlp, None if m.scale_mlp is None else 1 + m.scale_mlp, m.gate_mlp)
-        )  # (K', D) each
-        flat = x.view(B * N, D)
-        tokens = self._norm(_gather(flat, rows, workspace))
-        if shift is not None and scale is not None:
-            tokens = torch.addcmul(shift, tokens, scale, out=over(workspace, shift))
-        update = self.sliced_mlp(packed, self._act, tokens, workspace)
-        if gate is not None:
-            update = torch.mul(gate, update, out=over(workspace, gate))
+        rows, flat = kept if rows is None else rows, x.view(B * N, D)
+        of_rows = Rows(rows, B, N, workspace)
+        tokens = of_rows.modulate(self._norm(_gather(flat, rows, workspace)), m.shift_mlp, m.scale_mlp)
+        update = of_rows.gate(self.sliced_mlp(packed, self._act, tokens, workspace), m.gate_mlp)
         return _add_rows(flat, kept, update if rows is kept else update[: len(kept)]).view(B, N, D)
 
     def mlp_of_top(
@@ -192,6 +193,49 @@ class SlicedBlock(nn.Module):
     def _act(self) -> Callable[[Tensor], Tensor]:
         adapter, block, _ = self._parts
         return adapter.mlp(block).act
+
+
+class Rows:
+    """Modulation and gate, one row per sample, of some tokens of a flattened batch.
+
+    In a workspace, which is on the CPU, of the tokens of one sample after those of another; else each token
+    gathers its own row, and no shape depends on the data.
+
+    Args:
+        rows: of the tokens (K,), in ascending order.
+        samples: B.
+        tokens: N, of a sample.
+        workspace: memory for results.
+    """
+
+    def __init__(self, rows: Tensor, samples: int, tokens: int, workspace: Workspace | None) -> None:
+        self._workspace = workspace
+        if workspace is None:
+            self._sample = rows // tokens
+            return
+        ends = torch.searchsorted(rows, torch.arange(tokens, (samples + 1) * tokens, tokens)).tolist()
+        self._counts = [end - start for start, end in pairwise([0, *ends])]
+
+    def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """x·(1 + scale) + shift over x (K, D), with shift and scale (B, D) or None; may write over x."""
+        if shift is None or scale is None:
+            return x
+        if self._workspace is None:
+            return torch.addcmul(shift[self._sample], x, 1 + scale[self._sample])
+        for part, *row in zip(x.split(self._counts), shift, 1 + scale, strict=True):
+            torch.addcmul(row[0], part, row[1], out=part)
+        return x
+
+    def gate(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """gate·x over x (K, D), with gate (B, D) or None."""
+        if gate is None:
+            return x
+        if self._workspace is None:
+            return gate[self._sample] * x
+        gated = self._workspace.empty(x.shape, x.dtype)
+        for part, row, out in zip(x.split(self._counts), gate, gated.split(self._counts), strict=True):
+            torch.mul(part, row, out=out)
+        return gated
 
 
 def top_rows(logits: Tensor, k: int) -> Tensor:

@@ -19,6 +19,7 @@ from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ScheduleError
 from dydit.export.schedule import SubnetSchedule
+from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.sliced import filled_up
 from dydit.shapes import CONDITIONINGS
@@ -55,7 +56,8 @@ def test_every_design(conditioning: str) -> None:
     check_counts(model, some_capacities(model))
 
 
-def test_in_bfloat16_where_attention_is_computed_in_products() -> None:
+def test_in_bfloat16_where_attention_is_computed_in_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "HAS_AMX", False)
     model = torch.nn.Module.to(small_dydit(), torch.bfloat16)
     check_counts(model, some_capacities(model))
     engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))

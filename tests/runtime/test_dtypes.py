@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
@@ -72,12 +74,53 @@ def test_an_octave_has_at_most_16_sizes() -> None:
         assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 16
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh", None])
+@pytest.mark.parametrize("rows", [1, 48, layers.FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_one_kernel_or_in_several(
+    dtype: torch.dtype, rows: int, approximate: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no products in bfloat16 for this processor")
+    torch.manual_seed(0)
+    wide = torch.randn(24, 96, dtype=dtype)
+    weights = (wide.contiguous(), wide.t().contiguous().t(), wide[4:12], wide[:, 8:40])
+    act = None if approximate is None else nn.GELU(approximate)
+    room = Workspace()
+    for weight, bias in product(weights, (None, torch.randn(24, dtype=dtype))):
+        x = torch.randn(2, rows, weight.shape[1], dtype=dtype)
+        layer = (weight, None if bias is None else bias[: len(weight)])
+        for has_amx in (False, True):
+            monkeypatch.setattr(layers, "HAS_AMX", has_amx)
+            room.restart()
+            found = layers.linear(x, layer, room, act)
+            expected = layers.linear(x, layer, None, act)
+            assert found.dtype == dtype and found.shape == expected.shape
+            assert relative_error(found.float(), expected.float()) < {torch.float32: 1e-5}.get(dtype, 1e-2)
+
+
+def test_which_products_are_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 96)
+    few, many = torch.randn(2, 2, 96), torch.randn(layers.FEW_ROWS + 1, 96)
+    monkeypatch.setattr(layers, "HAS_AMX", True)
+    assert layers.in_one_kernel(few, weight, activated=True)
+    assert not layers.in_one_kernel(few, weight, activated=False)
+    assert not layers.in_one_kernel(many, weight, activated=True)
+    assert layers.in_one_kernel(many.bfloat16(), weight.bfloat16(), activated=False)
+    half, columns = many.bfloat16()[:, :8], weight.bfloat16()[:, :8]
+    assert not layers.in_one_kernel(half, columns, activated=True)
+    assert not layers.in_one_kernel(few.double(), weight.double(), activated=True)
+    monkeypatch.setattr(layers, "HAS_AMX", False)
+    assert not layers.in_one_kernel(few, weight, activated=True)
+
+
 @pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCES])
 def test_attention_in_products_or_in_one_kernel(
     dtype: torch.dtype, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "SCORES", scores)
+    monkeypatch.setattr(layers, "HAS_AMX", False)
     projected = torch.randn(2, 16, 4, 3, 8, generator=torch.Generator().manual_seed(0))
     q, k, v = projected.permute(3, 0, 2, 1, 4)  # as the engine has them: parts of one layer's output
     expected = F.scaled_dot_product_attention(q, k, v)

@@ -29,15 +29,15 @@ def make_engine(conditioning: str = "adaln_zero", mode: Mode = "capacity") -> Su
 
 
 @pytest.mark.parametrize("mode", ["exact", "capacity"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_computes_what_the_engine_does(mode: Mode, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_it_computes_what_the_engine_does(mode: Mode, dtype: torch.dtype, tolerance: float) -> None:
     engine = make_engine(mode=mode)
     engine = SubnetEngine(engine.model, engine.schedule, dtype, mode=mode)
     x, y = small_inputs(engine.shape)
     subnetworks = [engine.subnetwork(t) for t in TIMESTEPS]
     for t, subnetwork in zip(TIMESTEPS, subnetworks, strict=True):
         found = subnetwork(x.to(dtype), y)
-        assert relative_error(found.float(), engine(x.to(dtype), t, y).float()) < 1e-5
+        assert relative_error(found.float(), engine(x.to(dtype), t, y).float()) < tolerance
         assert not list(subnetwork.parameters()) and subnetwork.timestep == t
     assert engine.pack_statistics().bytes <= engine._packs._cache.budget
 
