@@ -12,7 +12,7 @@ PACKAGE = Path(dydit.__file__).parent
 # Parts by floor, from the ground up.
 STOREYS = (
     "errors files",
-    "shapes costs guidance precision",
+    "shapes costs guidance precision processor",
     "config models routing diffusion",
     "adapters",
     "dynamic",

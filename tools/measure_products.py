@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from dydit.adapters.base import MlpParts
 from dydit.compute.latency import measure_interleaved, paired_speedup
 from dydit.models.blocks import ModulationLinear
-from dydit.runtime.layers import self_attention
+from dydit.runtime.layers import linear, self_attention
 from dydit.runtime.slots import mlp_slots
+from dydit.runtime.workspace import Workspace
 
 D, HEADS, HEAD_DIM, GROUPS, TOKENS = 1152, 16, 72, 16, 256
 LAYERS = 10  # so many that their weights do not stay in the cache
@@ -29,10 +30,10 @@ LAYERS = 10  # so many that their weights do not stay in the cache
 Forms = tuple[Callable[[], object], Callable[[], object]]  # plain, chosen
 
 
-def modulation(rows: int) -> Forms:
+def modulation(rows: int, dtype: torch.dtype) -> Forms:
     """adaLN's linear layer of a few rows against ``F.linear``."""
-    layers = [ModulationLinear(D, 6 * D).requires_grad_(False) for _ in range(LAYERS)]
-    x = torch.randn(rows, D)
+    layers = [ModulationLinear(D, 6 * D, dtype=dtype).requires_grad_(False) for _ in range(LAYERS)]
+    x = torch.randn(rows, D, dtype=dtype)
     return (
         lambda: [F.linear(x, layer.weight, layer.bias) for layer in layers],
         lambda: [layer(x) for layer in layers],
@@ -46,6 +47,26 @@ def attention(batch: int, heads: int, tokens: int = TOKENS) -> Forms:
         lambda: F.scaled_dot_product_attention(q, k, v),
         lambda: self_attention(q, k, v),
     )
+
+
+def product(tokens: int, width: int, activated: bool, dtype: torch.dtype) -> Forms:
+    """A layer, with GELU where asked for, as the engine runs it against BLAS and GELU after it."""
+    layers = [nn.Linear(D, width, dtype=dtype).requires_grad_(False) for _ in range(LAYERS)]
+    x, act, room = torch.randn(tokens, D, dtype=dtype), nn.GELU("tanh") if activated else None, Workspace()
+    out = torch.empty(tokens, width, dtype=dtype)
+
+    def plain() -> None:
+        for layer in layers:
+            torch.addmm(layer.bias, x, layer.weight.t(), out=out)
+            if activated:
+                torch.ops.aten.gelu.out(out, approximate="tanh", out=out)
+
+    def chosen() -> None:
+        for layer in layers:
+            room.restart()
+            linear(x, (layer.weight, layer.bias), room, act)
+
+    return plain, chosen
 
 
 def packing(dtype: torch.dtype, changed: int) -> Forms:
@@ -64,14 +85,21 @@ def packing(dtype: torch.dtype, changed: int) -> Forms:
 
 def cases() -> Iterator[tuple[str, Forms]]:
     """What is measured."""
-    for rows in (2, 4, 8):
-        yield f"modulation, {rows} rows, fp32", modulation(rows)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in dtypes.items():
+        for rows in (2, 4, 8):
+            yield f"modulation, {rows} rows, {name}", modulation(rows, dtype)
+    for name, dtype in dtypes.items():
+        for tokens in (320, 1280):
+            yield f"fc1 and GELU, {tokens} tokens, {name}", product(tokens, 5 * D // 2, True, dtype)
+        for tokens in (512, 2048):
+            yield f"qkv, {tokens} tokens, {name}", product(tokens, 2 * D, False, dtype)
     for batch in (2, 8):
         for heads in (HEADS, HEADS // 2):
             yield f"attention, batch {batch}, {heads} heads, bf16", attention(batch, heads)
     for heads in (HEADS, HEADS // 2):
         yield f"attention, 1,024 tokens, batch 2, {heads} heads, bf16", attention(2, heads, 1024)
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in dtypes.items():
         for changed in (GROUPS // 2, 1):
             yield f"packing of an MLP, {changed} of {GROUPS // 2} groups new, {name}", packing(dtype, changed)
 

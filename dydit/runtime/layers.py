@@ -15,7 +15,6 @@ from dydit.processor import HAS_AMX
 from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
-FEW_ROWS = 512  # up to here, float32's product with GELU in it gains over BLAS's
 SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
 
 
@@ -92,7 +91,7 @@ def linear(
     if workspace is None or not (act is None or gelu):
         result = F.linear(x, weight, bias)
         return result if act is None else act(result)
-    if in_one_kernel(x, weight, gelu is not None):
+    if in_one_kernel(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
     rows = x.view(-1, x.shape[-1])
     out = workspace.empty((len(rows), len(weight)), x.dtype)
@@ -105,18 +104,16 @@ def linear(
     return out.view(*x.shape[:-1], -1)
 
 
-def in_one_kernel(x: Tensor, weight: Tensor, activated: bool) -> bool:
-    """Whether oneDNN's product, which adds the bias and applies GELU on its way, is faster than BLAS's.
+def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product, which adds the bias and applies GELU on its way, is what to take.
 
-    On a CPU with AMX: in bfloat16 it is, in float32 with GELU over few rows. (It takes new memory. Inductor
-    uses it too; PyTorch has no public name for it. ``tools/measure_products.py``.)
+    In bfloat16 on a CPU with AMX, where it is faster (``tools/measure_products.py``). Not in float32, where it
+    gains little: it makes and keeps a kernel for every number of rows, which BLAS does not. It takes new
+    memory. Inductor uses it too; PyTorch has no public name for it.
     """
-    if not HAS_AMX or not torch.backends.mkldnn.enabled:
+    if not HAS_AMX or x.dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
         return False
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        return False  # many times slower
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and activated and few)
+    return weight.is_contiguous() or weight.t().is_contiguous()  # else many times slower
 
 
 def _contiguous(x: Tensor, workspace: Workspace | None) -> Tensor:

@@ -75,7 +75,7 @@ def test_an_octave_has_at_most_16_sizes() -> None:
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh", None])
-@pytest.mark.parametrize("rows", [1, 48, layers.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 48, 513])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_in_one_kernel_or_in_several(
     dtype: torch.dtype, rows: int, approximate: str | None, monkeypatch: pytest.MonkeyPatch
@@ -100,18 +100,13 @@ def test_products_in_one_kernel_or_in_several(
 
 
 def test_which_products_are_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(24, 96)
-    few, many = torch.randn(2, 2, 96), torch.randn(layers.FEW_ROWS + 1, 96)
+    x, weight = torch.randn(2, 2, 96).bfloat16(), torch.randn(24, 96).bfloat16()
     monkeypatch.setattr(layers, "HAS_AMX", True)
-    assert layers.in_one_kernel(few, weight, activated=True)
-    assert not layers.in_one_kernel(few, weight, activated=False)
-    assert not layers.in_one_kernel(many, weight, activated=True)
-    assert layers.in_one_kernel(many.bfloat16(), weight.bfloat16(), activated=False)
-    half, columns = many.bfloat16()[:, :8], weight.bfloat16()[:, :8]
-    assert not layers.in_one_kernel(half, columns, activated=True)
-    assert not layers.in_one_kernel(few.double(), weight.double(), activated=True)
+    assert layers.in_one_kernel(x, weight) and layers.in_one_kernel(x, weight.t().contiguous().t())
+    assert not layers.in_one_kernel(x[..., :8], weight[:, :8])
+    assert not layers.in_one_kernel(x.float(), weight.float())
     monkeypatch.setattr(layers, "HAS_AMX", False)
-    assert not layers.in_one_kernel(few, weight, activated=True)
+    assert not layers.in_one_kernel(x, weight)
 
 
 @pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time
