@@ -107,8 +107,8 @@ def linear(
 def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product, which adds the bias and applies GELU on its way, is what to take.
 
-    In bfloat16 on a CPU with AMX, where it is faster (``tools/measure_products.py``). Not in float32, where it
-    gains little: it makes and keeps a kernel for every number of rows, which BLAS does not. It takes new
+    In bfloat16 on a CPU with AMX, where it is faster (``tools/measure_products.py``). Not in float32, where
+    it gains little: it makes and keeps a kernel for every number of rows, which BLAS does not. It takes new
     memory. Inductor uses it too; PyTorch has no public name for it.
     """
     if not HAS_AMX or x.dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
