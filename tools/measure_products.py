@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dydit.adapters.base import MlpParts
 from dydit.compute.latency import measure_interleaved, paired_speedup
 from dydit.models.blocks import ModulationLinear
+from dydit.precision import DTYPES
 from dydit.runtime.layers import linear, self_attention
 from dydit.runtime.slots import mlp_slots
 from dydit.runtime.workspace import Workspace
@@ -85,7 +86,7 @@ def packing(dtype: torch.dtype, changed: int) -> Forms:
 
 def cases() -> Iterator[tuple[str, Forms]]:
     """What is measured."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {name: DTYPES[name] for name in ("fp32", "bf16")}
     for name, dtype in dtypes.items():
         for rows in (2, 4, 8):
             yield f"modulation, {rows} rows, {name}", modulation(rows, dtype)

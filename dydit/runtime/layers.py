@@ -43,8 +43,9 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, workspace: Workspace | None 
     (``tools/measure_products.py``). Not in compiled code, whose sizes are symbolic.
     """
     N = q.shape[2]
-    in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if HAS_AMX or not in_products or N * N > SCORES:
+    half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    in_products = half_on_cpu and not HAS_AMX and not torch.compiler.is_compiling()
+    if not in_products or N * N > SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     return _attention_in_products(q, k, v, SCORES // (N * N), workspace)
 
@@ -87,11 +88,11 @@ def linear(
 ) -> Tensor:
     """A linear layer over x (..., in), and an activation of what it gives; None: none."""
     weight, bias = layer
-    gelu = act.approximate if isinstance(act, nn.GELU) else None
-    if workspace is None or not (act is None or gelu):
+    if workspace is None:
         result = F.linear(x, weight, bias)
         return result if act is None else act(result)
-    if in_one_kernel(x, weight):
+    gelu = act.approximate if isinstance(act, nn.GELU) else None
+    if in_one_kernel(x, weight) and (act is None or gelu):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
     rows = x.view(-1, x.shape[-1])
     out = workspace.empty((len(rows), len(weight)), x.dtype)
@@ -99,9 +100,10 @@ def linear(
         torch.mm(rows, weight.t(), out=out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
+    result = out.view(*x.shape[:-1], -1)
     if gelu:
-        torch.ops.aten.gelu.out(out, approximate=gelu, out=out)
-    return out.view(*x.shape[:-1], -1)
+        return torch.ops.aten.gelu.out(result, approximate=gelu, out=result)
+    return result if act is None else act(result)
 
 
 def in_one_kernel(x: Tensor, weight: Tensor) -> bool:

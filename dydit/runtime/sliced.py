@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -209,21 +208,17 @@ class Rows:
     """
 
     def __init__(self, rows: Tensor, samples: int, tokens: int, workspace: Workspace | None) -> None:
-        self._workspace = workspace
-        if workspace is None:
-            self._sample = rows // tokens
-            return
-        ends = torch.searchsorted(rows, torch.arange(tokens, (samples + 1) * tokens, tokens)).tolist()
-        self._counts = [end - start for start, end in pairwise([0, *ends])]
+        self._workspace, self._sample = workspace, rows // tokens
+        self._counts = [] if workspace is None else self._sample.bincount(minlength=samples).tolist()
 
     def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
         """x·(1 + scale) + shift over x (K, D), with shift and scale (B, D) or None; may write over x."""
         if shift is None or scale is None:
             return x
         if self._workspace is None:
-            return torch.addcmul(shift[self._sample], x, 1 + scale[self._sample])
-        for part, *row in zip(x.split(self._counts), shift, 1 + scale, strict=True):
-            torch.addcmul(row[0], part, row[1], out=part)
+            return torch.addcmul(self._of_each(shift), x, self._of_each(1 + scale))
+        for part, own_shift, own_scale in zip(x.split(self._counts), shift, 1 + scale, strict=True):
+            torch.addcmul(own_shift, part, own_scale, out=part)
         return x
 
     def gate(self, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -231,11 +226,15 @@ class Rows:
         if gate is None:
             return x
         if self._workspace is None:
-            return gate[self._sample] * x
+            return self._of_each(gate) * x
         gated = self._workspace.empty(x.shape, x.dtype)
         for part, row, out in zip(x.split(self._counts), gate, gated.split(self._counts), strict=True):
             torch.mul(part, row, out=out)
         return gated
+
+    def _of_each(self, of_samples: Tensor) -> Tensor:
+        """Of each token (K, D), what its sample has (B, D)."""
+        return _gather(of_samples, self._sample, None)
 
 
 def top_rows(logits: Tensor, k: int) -> Tensor:

@@ -78,5 +78,5 @@ def space(workspace: Workspace | None, like: Tensor, *shape: int) -> Tensor | No
 
 
 def over(workspace: Workspace | None, tensor: Tensor) -> Tensor | None:
-    """``out`` for a function that may write over its input ``tensor``, which lies in the workspace."""
+    """``out`` for a function that, where there is a workspace, may write over its input ``tensor``."""
     return None if workspace is None else tensor
