@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 
-def has_amx() -> bool:
-    """Whether it multiplies bfloat16 matrices in units of their own (Intel AMX)."""
-    # Not in the older versions of PyTorch that we take: there, what suits any other processor is used.
+def has(capability: str) -> bool:
+    """Whether PyTorch tells a capability. Older versions that we take tell none: there, its choices stay."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+    return bool(capabilities.get(capability, False))
 
 
-HAS_AMX = has_amx()
+HAS_AMX = has("amx_bf16")  # units that multiply bfloat16 matrices
+HAS_BF16 = has("avx512_bf16")  # instructions that multiply bfloat16 vectors

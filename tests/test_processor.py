@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dydit.processor import has_amx
+from dydit.processor import has
 
 
 @pytest.mark.parametrize(
@@ -13,9 +13,9 @@ from dydit.processor import has_amx
 )
 def test_amx_as_pytorch_tells(told: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
-    assert has_amx() is expected
+    assert has("amx_bf16") is expected
 
 
 def test_none_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_amx()
+    assert not has("amx_bf16")

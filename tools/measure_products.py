@@ -89,7 +89,7 @@ def cases() -> Iterator[tuple[str, Forms]]:
     dtypes = {name: DTYPES[name] for name in ("fp32", "bf16")}
     for name, dtype in dtypes.items():
         for rows in (2, 4, 8):
-            yield f"modulation, {rows} rows, {name}", modulation(rows, dtype)
+            yield f"adaLN's layer, {rows} rows, {name}", modulation(rows, dtype)
     for name, dtype in dtypes.items():
         for tokens in (320, 1280):
             yield f"fc1 and GELU, {tokens} tokens, {name}", product(tokens, 5 * D // 2, True, dtype)
@@ -102,7 +102,7 @@ def cases() -> Iterator[tuple[str, Forms]]:
         yield f"attention, 1,024 tokens, batch 2, {heads} heads, bf16", attention(2, heads, 1024)
     for name, dtype in dtypes.items():
         for changed in (GROUPS // 2, 1):
-            yield f"packing of an MLP, {changed} of {GROUPS // 2} groups new, {name}", packing(dtype, changed)
+            yield f"an MLP's slots, {changed} of {GROUPS // 2} groups new, {name}", packing(dtype, changed)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def _goals(collection: Sequence[Benchmark]) -> str:
     if not verdicts:
         return f"None of the measurements below is of {SUBJECT} as a whole at half the compute."
     met = sum(verdict.met for verdict, _ in verdicts)
-    rows = [(*verdict.row(), found.machine.processor, f"`{found.command}`") for verdict, found in verdicts]
+    rows = [(*verdict.row(), found.machine.name, f"`{found.command}`") for verdict, found in verdicts]
     return (
         f"For {SUBJECT} with half the compute deployed; {met} of {len(verdicts)} are met.\n\n"
         + Table(_GOAL_HEADER, tuple(rows)).markdown()

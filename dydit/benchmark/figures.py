@@ -28,7 +28,7 @@ def draw(found: Benchmark) -> bytes:
     else:
         _draw_bars(axes, found)
     axes.set_title(
-        f"{found.settings['subject']}, {found.machine.processor}, {found.machine.threads} threads",
+        f"{found.settings['subject']}, {found.machine.name}, {found.machine.threads} threads",
         fontsize=10,
     )
     axes.grid(axis="y", alpha=0.3)

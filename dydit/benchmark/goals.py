@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from dydit.benchmark.results import ALL_ON, Benchmark, Case
 from dydit.benchmark.tables import megabytes
@@ -53,7 +54,10 @@ class Verdict:
 
 
 def judge(found: Benchmark) -> list[Verdict]:
-    """Every goal that the benchmark says something about; none of another subject, or of parts of it."""
+    """Every goal that the benchmark says something about; none of another subject.
+
+    Parts of the subject, or other numbers of threads, count in sweeps alone, which compare it with itself.
+    """
     settings = found.settings
     if (settings["subject"], settings["ratio"]) != (SUBJECT, RATIO) or settings["path"] is not None:
         return []
@@ -101,7 +105,7 @@ def _gpu_goals(found: Benchmark, case: Case, mode: str) -> Iterator[Verdict]:
 
 
 def _sweep_goals(found: Benchmark, mode: str) -> Iterator[Verdict]:
-    """One verdict per line of a sweep: the deepest fall of the share from one point to the next."""
+    """One verdict per line of a sweep: how far the share comes to lie below that of less work, at most."""
     sweep = found.settings["sweep"]
     lines: dict[tuple[str, int], list[Case]] = {}
     for case in found.cases:
@@ -110,12 +114,12 @@ def _sweep_goals(found: Benchmark, mode: str) -> Iterator[Verdict]:
         ordered = sorted(cases, key=lambda case: getattr(case, sweep))
         shares = [case.share(mode).median for case in ordered]
         if len(shares) > 1:
-            fall = max(before - after for before, after in zip(shares[:-1], shares[1:], strict=True))
+            fall = max(best - share for best, share in zip(accumulate(shares, max), shares, strict=True))
             where = dtype if sweep == "batch" else f"{dtype}, batch {batch}"
             yield Verdict(
                 f"fall of the share as {sweep} grows, {where}",
                 mode,
-                max(fall, 0.0),
+                fall,
                 SWEEP_NOISE,
                 False,
                 _three,

@@ -10,8 +10,10 @@ Every network is called once per round, in an order that rotates; ratios are of 
 quartiles. Ideal is static over engine in MACs, counted by fvcore on a call of the benchmark; share is
 measured over ideal, round by round. An engine's subnetwork is packed before it is timed, except in whole
 runs, which start with nothing packed (but what CUDA graphs hold) and take turns step by step. *All on* is an
-engine with every head, group and token on; *masked* is the trained form. Peak memory is of processes with one
-network each, the engines' over every timestep of the schedule, never compiled."""
+engine with every head, group and token on: where it takes less than the static backbone, the engine's own
+forms of attention and products are faster than PyTorch's, and the share gains from that too. *Masked* is the
+trained form. Peak memory is of processes with one network each, the engines' over every timestep of the
+schedule, never compiled."""
 
 
 def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:
@@ -39,9 +41,14 @@ def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:
 def title(found: Benchmark) -> str:
     """Subject, machine, and what sets this benchmark apart from others of the two."""
     settings = found.settings
-    extras = [f"{settings['sweep']} swept"] if settings["sweep"] else []
+    if settings["sweep"]:
+        extras = [f"{settings['sweep']} swept"]
+    else:
+        batches = sorted({str(case.batch) for case in found.cases}, key=int)
+        extras = [*dict.fromkeys(case.dtype for case in found.cases)]
+        extras += [f"batch {' and '.join(batches)}"] if batches else []
     extras += ["compiled"] if settings["compile"] else []
-    return ", ".join([f"{settings['subject']} on {found.machine.processor}", *extras])
+    return ", ".join([f"{settings['subject']} on {found.machine.name}", *extras])
 
 
 def conditions(found: Benchmark) -> str:
@@ -49,7 +56,7 @@ def conditions(found: Benchmark) -> str:
     machine, settings = found.machine, found.settings
     where = machine.device if machine.device != "cpu" else f"{machine.threads} of {machine.cores} CPU cores"
     words = [
-        f"{machine.processor}, {where}, torch {machine.torch}, Python {machine.python}, {machine.system}, "
+        f"{machine.name}, {where}, torch {machine.torch}, Python {machine.python}, {machine.system}, "
         f"dydit {machine.dydit}; {found.started[:10]}{_load(machine.load)}.",
         f"{settings['rounds']} rounds; {'everything' if settings['compile'] else 'nothing'} compiled.",
     ]

@@ -23,6 +23,7 @@ class Machine(_Frozen):
     Attributes:
         threads: CPU threads of torch; cores: of the machine, as the process may use them.
         load: processes that wanted to run in the minute before (load average); None where nobody counts them.
+        instructions: the widest that torch uses on the CPU, such as AVX2; None on a GPU, and in older files.
     """
 
     processor: str
@@ -34,6 +35,12 @@ class Machine(_Frozen):
     torch: str
     dydit: str
     load: float | None = None
+    instructions: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the processor, with what sets it apart from others that call themselves the same."""
+        return self.processor if self.instructions is None else f"{self.processor} ({self.instructions})"
 
 
 class Round(_Frozen):

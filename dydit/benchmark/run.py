@@ -20,6 +20,7 @@ from dydit.benchmark.storage import check_folder, save_benchmark
 from dydit.benchmark.subject import make_subject, preset_depth
 from dydit.benchmark.variants import make_variants
 from dydit.compute.machine import processor_name
+from dydit.processor import HAS_AMX
 
 
 def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
@@ -79,7 +80,12 @@ def _machine(device: str) -> Machine:
         torch=torch.__version__,
         dydit=dydit.__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        instructions=_instructions() if device == "cpu" else None,
     )
+
+
+def _instructions() -> str:
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if HAS_AMX else "")
 
 
 def _now() -> str:

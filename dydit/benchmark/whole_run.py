@@ -96,5 +96,5 @@ def _emptied(engine: SubnetEngine) -> dict[str, int]:
 
 
 def _since(before: dict[str, int], engine: SubnetEngine) -> dict[str, int]:
-    now = asdict(engine.pack_statistics())
-    return {name: now[name] if name == "bytes" else now[name] - before[name] for name in now}
+    now, sizes = asdict(engine.pack_statistics()), ("bytes", "schedule_bytes")
+    return {name: now[name] if name in sizes else now[name] - before[name] for name in now}

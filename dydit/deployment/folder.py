@@ -1,4 +1,4 @@
-"""The folder that ``dydit export --aot`` writes: programs, weights, schedule and the loader."""
+"""The folder that ``dydit export --aot`` writes: programs, weights, what each timestep runs, the loader."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from dydit.deployment import loader
 from dydit.deployment.programs import Programs, export_programs
+from dydit.deployment.slices import mask_slices
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
-from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import write_file
 from dydit.routing.gates import logit
@@ -30,10 +30,10 @@ WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run
 def write_deployment(
     folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
 ) -> Programs:
-    """Write the programs, the weights that they share, and what runs them, beside the schedule.
+    """Write the programs, the weights that they share, and what runs them.
 
     Args:
-        folder: that holds the saved schedule.
+        folder: that exists.
         model: on the device and in the dtype to run in.
         schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
         weights: safetensors file in the folder that holds the model's state; None: it is written here.
@@ -53,8 +53,8 @@ def write_deployment(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
     plan = _plan(model, schedule, programs, weights or WEIGHTS)
-    plan["sha256"] = {name: loader.sha256(folder / name) for name in (plan["weights"], TENSORS)}
-    write_file(folder / PLAN, json.dumps(plan, indent=1))
+    plan["sha256"] = loader.sha256_of(folder / plan["weights"])
+    write_file(folder / PLAN, json.dumps(plan))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
 
@@ -98,19 +98,22 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
     blocks = []
     for block, stages in zip(model.adapter.blocks(model.backbone), programs.blocks, strict=True):
         attention, mlp = model.adapter.attention(block), model.adapter.mlp(block)
-        layers = {"out": layer(attention.out), "fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
-        blocks.append({"qkv": [layer(part) for part in attention.qkv], **layers, **stages})
+        layers = {"qkv": [layer(part) for part in attention.qkv], "out": layer(attention.out)}
+        layers |= {"fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
+        blocks.append({"weights": stages, "layers": layers})
+    capacities = schedule.capacities
     return {
         "torch_version": torch.__version__,
         "device": str(weight.device),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": str(weight.dtype),
         "latent": [model.shape.in_channels, *model.shape.sample_size],
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
-        "components": {"head_rows": model.shape.num_heads, "group_rows": model.shape.mlp_groups},
         "token_logit": logit(schedule.routing.token_threshold),
         "weights": weights,
         "programs": sorted(programs.programs),
-        "embed": programs.embed,
-        "decode": programs.decode,
+        "ends": programs.ends,
         "blocks": blocks,
+        "masks": mask_slices(schedule, model),
+        "rows": schedule.rows.tolist(),
+        "capacities": None if capacities is None else capacities.tolist(),
     }

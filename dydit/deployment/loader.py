@@ -1,12 +1,8 @@
 """Runs a folder written by ``dydit export --aot``; needs torch and nothing else. Copied there as ``run.py``.
 
-    from run import Deployment
-    model = Deployment(".")
-    noise = model(x, t, y)  # latents (B, C, height, width), one timestep of the schedule, labels (B,)
-
-The folder holds torch.export programs that take weights as inputs, the weights, and a schedule's masks.
-A block's slices of the weights are views where they can be, else copies; they stay until the block needs
-others.
+from run import Deployment
+model = Deployment(".")
+noise = model(x, t, y)  # latents (B, C, height, width), one timestep of the schedule, labels (B,)
 """
 
 from __future__ import annotations
@@ -20,31 +16,16 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-TYPES |= {"I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool, "F64": torch.float64}
-Layer = tuple[Tensor, Tensor | None]  # weight and bias
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor. (The format: length of a JSON header, the header, the bytes.)"""
-    tensors = {}
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            content = bytearray(last - first)
-            file.seek(start + first)
-            if file.readinto(content) < len(content):
-                raise EOFError(f"{path} ends within {name}: copy the folder again")
-            dtype = TYPES[entry["dtype"]]
-            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.reshape(entry["shape"])
-    return tensors
+def refusal(seen: str, expected: str, remedy: str) -> ValueError:
+    """The error to raise."""
+    return ValueError(f"{seen}; expected {expected}; {remedy}")
 
 
-def sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -53,59 +34,21 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_files(folder: Path, expected: dict[str, str]) -> None:
-    """Refuse files (name -> sha256) that are not those that the folder was written with."""
-    for name, wanted in expected.items():
-        if (seen := sha256(folder / name)) != wanted:
-            raise ValueError(
-                f"{folder / name} with sha256 {seen[:12]}…; expected {wanted[:12]}…, which the folder was "
-                "written with; copy the folder again, or export again"
-            )
-
-
-def unpack_bits(rows: Tensor, count: int) -> Tensor:
-    """Bytes (U, bytes), first bit highest, to masks (U, count)."""
-    return (rows.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten(1)[:, :count].bool()
-
-
-def choose_device(wanted: str | None, made_on: str, compiled: bool) -> torch.device:
-    """With its index: the wanted one; None: of the kind that the programs were made on."""
-    kind = torch.device(made_on).type
-    device = torch.device(wanted or kind)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device {device}; expected one that torch finds here; give device="cpu"')
-    if compiled and device.type != kind:
-        raise ValueError(
-            f"device {device} for compiled programs; expected {kind}, which they were compiled for; "
-            f"leave out compiled=True, or export on a machine for {device.type}"
-        )
-    return torch.empty(0, device=device).device
-
-
-def is_run(index: Tensor) -> bool:
-    """Whether ascending components lie side by side."""
-    return len(index) > 0 and int(index[-1] - index[0]) + 1 == len(index)
-
-
-def thirds(layer: Layer) -> list[Layer]:
-    """The layers of q, of k and of v in one layer that has the rows of all three."""
-    weight, bias = layer
-    return list(zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True))
-
-
-def cut(layer: Layer, chosen: Tensor, components: int, dim: int) -> Layer:
-    """Rows (dim 0) or columns (dim 1) of a linear layer: of its ``components``, those chosen."""
-
-    def take(tensor: Tensor) -> Tensor:
-        split = tensor.unflatten(dim, (components, -1))
-        if is_run(chosen):
-            part = split.narrow(dim, int(chosen[0]), len(chosen))
-        else:
-            part = split.index_select(dim, chosen.to(tensor.device))
-        return part.flatten(dim, dim + 1)
-
-    weight, bias = layer
-    return take(weight), bias if bias is None or dim == 1 else take(bias)
+def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Name -> tensor; of the file with that sha256, where one is given."""
+    if sha256 and (seen := sha256_of(path)) != sha256:
+        expected = f"{sha256[:12]}…, which the folder was written with"
+        raise refusal(f"{path} with sha256 {seen[:12]}…", expected, "copy the folder again, or export again")
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(content[:8].tolist(), "little")  # length of the header, header, tensors
+    tensors = {}
+    for name, entry in json.loads(bytes(content[8:start].tolist())).items():
+        if name != "__metadata__":
+            first, last = (start + offset for offset in entry["data_offsets"])
+            if last > len(content):
+                raise refusal(f"{path} ends within {name}", f"{last:,} bytes", "copy the folder again")
+            tensors[name] = content[first:last].clone().view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
 
 
 class Deployment:
@@ -115,128 +58,113 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        verify: compare the sha256 of weights and schedule with those that were written.
+        verify: compare the sha256 of the weights with the one that was written.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        device: str | None = None,
-        compiled: bool = False,
-        verify: bool = True,
+        self, folder: str | Path, device: str | None = None, compiled: bool = False, verify: bool = True
     ) -> None:
         folder = Path(folder)
-        self.plan = json.loads((folder / "deployment.json").read_text())
-        if verify:
-            check_files(folder, self.plan["sha256"])
-        self.device, self.compiled = choose_device(device, self.plan["device"], compiled), compiled
-        self.weights = {
-            name: tensor.to(self.device)
-            for name, tensor in read_safetensors(folder / self.plan["weights"]).items()
-        }
-        self.masks = read_safetensors(folder / "schedule.safetensors")
-        for kind, count in self.plan["components"].items():
-            self.masks[kind] = unpack_bits(self.masks[kind], count)
-        self.programs = {name: self._load(folder / "programs", name) for name in self.plan["programs"]}
-        self.packs: dict[int, dict[str, Any]] = {}  # of each block, the last
+        self.plan, self.compiled = json.loads((folder / "deployment.json").read_text()), compiled
+        kind = torch.device(self.plan["device"]).type
+        wanted = torch.device(device or kind)
+        if wanted.type == "cuda" and not torch.cuda.is_available():
+            raise refusal(f"device {wanted}", "one that torch finds here", 'give device="cpu"')
+        if compiled and wanted.type != kind:
+            remedy = f"leave out compiled=True, or export on a machine for {wanted.type}"
+            raise refusal(f"device {wanted} for programs compiled for {kind}", kind, remedy)
+        self.device = torch.empty(0, device=wanted).device  # with its index
+        sha256 = self.plan["sha256"] if verify else None
+        weights = read_safetensors(folder / self.plan["weights"], sha256)
+        self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
+        self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
+        self.packs: dict[int, Any] = {}  # of each block, the last
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps."""
-        dtype, latent = str(x.dtype).removeprefix("torch."), list(x.shape[1:])
-        if (dtype, latent) != (self.plan["dtype"], self.plan["latent"]):
-            raise ValueError(
-                f"latents of {dtype}, (batch, {latent}); expected {self.plan['dtype']}, (batch, "
-                f"{self.plan['latent']}); convert them, or export for these"
-            )
-        step, steps = torch.tensor(float(t), dtype=torch.float32).item(), self.plan["timesteps"]
+        plan, step = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
+        dtype, latent, steps = plan["dtype"], plan["latent"], plan["timesteps"]
+        if (str(x.dtype), list(x.shape[1:])) != (dtype, latent):
+            remedy = "convert them, or export for these"
+            expected = f"{dtype}, (batch, {', '.join(map(str, latent))})"
+            raise refusal(f"latents of {x.dtype}, {tuple(x.shape)}", expected, remedy)
         if step not in steps:
-            raise ValueError(
-                f"timestep {t}; expected one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g}); "
-                "export again for the sampler and number of steps that you sample with"
-            )
+            expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
+            remedy = "export again for the sampler and number of steps that you sample with"
+            raise refusal(f"timestep {t}", expected, remedy)
         position, x, y = steps.index(step), x.to(self.device), y.to(self.device)
         timesteps = torch.full((len(x),), float(t), device=self.device)
-        tokens, cond = self._run("embed", self.plan["embed"], x, timesteps, y)
-        for i in range(len(self.plan["blocks"])):
+        tokens, cond = self._run(plan["ends"], "embed", x, timesteps, y)
+        for i in range(len(plan["blocks"])):
             tokens = self._block(position, i, tokens, cond)
-        return self._run("decode", self.plan["decode"], tokens, cond)
+        return self._run(plan["ends"], "decode", tokens, cond)
 
     def _block(self, position: int, i: int, tokens: Tensor, cond: Any) -> Tensor:
-        block, pack = self.plan["blocks"][i], self._pack(i, int(self.masks["rows"][position, i]))
-        attend = pack["attend"]
-        tokens, modulation, logits = self._run(attend, block[attend], tokens, cond, pack["qkv"], pack["out"])
-        rows = None if logits is None else self._rows(position, i, logits)
-        mlp = "mlp_of_all" if rows is None else "mlp_of_kept"
-        mlp += "" if pack["fc1"] else "_without_groups"
-        if rows is None:
-            return self._run(mlp, block[mlp], tokens, modulation, pack["fc1"], pack["fc2"])
-        if not len(rows):
-            return tokens
-        return self._run(mlp, block[mlp], tokens, modulation, pack["fc1"], pack["fc2"], rows)
+        weights, pack = self.plan["blocks"][i]["weights"], self._pack(i, self.plan["rows"][position][i])
+        tokens, modulation, logits = self._run(
+            weights, pack["attend"], tokens, cond, pack["qkv"], pack["out"]
+        )
+        inputs, suffix = (tokens, modulation, pack["fc1"], pack["fc2"]), pack["mlp"]
+        kept = None if logits is None else self._kept(position, i, logits)
+        if kept is None or len(kept) == logits.numel():
+            return self._run(weights, "mlp_of_all" + suffix, *inputs)
+        return self._run(weights, "mlp_of_kept" + suffix, *inputs, kept) if len(kept) else tokens
 
-    def _rows(self, position: int, i: int, logits: Tensor) -> Tensor | None:
-        """Which tokens of the flattened batch enter the MLP; None: all."""
-        B, N = logits.shape
-        if "capacities" in self.masks:
-            k = int(self.masks["capacities"][position, i])
-            top = logits.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-            rows = (top + N * torch.arange(B, device=self.device).unsqueeze(1)).flatten()
-        else:
-            rows = (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
-        return None if len(rows) == B * N else rows
+    def _kept(self, position: int, i: int, logits: Tensor) -> Tensor:
+        """Which tokens of the flattened batch enter the MLP."""
+        if self.plan["capacities"] is None:
+            return (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
+        (B, N), count = logits.shape, self.plan["capacities"][position][i]
+        top = logits.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+        return (top + N * torch.arange(B, device=self.device).unsqueeze(1)).flatten()
 
-    def _pack(self, i: int, row: int) -> dict[str, Any]:
-        """Slices of a block's weights, made where those of its last call were for another mask."""
+    def _pack(self, i: int, row: int) -> Any:
+        """What the mask leaves on of a block's layers, made where its last call had another mask."""
         pack = self.packs.get(i)
-        if pack is not None and pack["row"] == row:
-            return pack
-        del pack  # before the new ones take memory
-        self.packs.pop(i, None)
-        self.packs[i] = pack = {"row": row, **self._slices(row, self.plan["blocks"][i])}
+        if pack is None or pack["row"] != row:
+            pack = self.packs[i] = None  # the old slices go before the new ones take memory
+            pack = self.packs[i] = self._slices(i, row)
         return pack
 
-    def _slices(self, row: int, block: dict[str, Any]) -> dict[str, Any]:
-        """Which program runs the attention; and of q, k, v, out, fc1 and fc2 what the mask leaves on."""
-        H, G = (self.plan["components"][kind] for kind in ("head_rows", "group_rows"))
-        heads, groups = (self.masks[kind][row].nonzero().squeeze(1) for kind in ("head_rows", "group_rows"))
-        qkv, index, count = [self._layer(names) for names in block["qkv"]], heads, H
-        attend = {0: "attend_without_heads", 1: "attend_of_one_head"}.get(len(heads), "attend")
-        if len(qkv) == 1 and is_run(heads) and len(heads) < max(H, 2):  # in q, in k and in v
-            qkv = thirds(qkv[0])
-            attend = "attend_of_run" if len(heads) > 1 else attend
-        elif len(qkv) == 1:
-            index, count = torch.cat([heads, heads + H, heads + 2 * H]), 3 * H
-        (out, out_bias), (fc2, fc2_bias) = (
-            cut(self._layer(block[name]), chosen, components, 1)
-            for name, chosen, components in (("out", heads, H), ("fc2", groups, G))
-        )
-        if self.compiled:  # generated code takes columns to lie as in a copy
-            out, fc2 = out.contiguous(), fc2.contiguous()
+    def _slices(self, i: int, row: int) -> Any:
+        layers, mask = self.plan["blocks"][i]["layers"], self.plan["masks"][row]
         return {
-            "attend": attend,
-            "qkv": [cut(layer, index, count, 0) for layer in qkv if len(heads)],
-            "out": (out, out_bias),
-            "fc1": cut(self._layer(block["fc1"]), groups, G, 0) if len(groups) else None,
-            "fc2": (fc2, fc2_bias),
+            "row": row,
+            "attend": mask["attend"],
+            "mlp": mask["mlp"],
+            "qkv": [self._cut(layers["qkv"][layer], runs, 0) for layer, runs in mask["qkv"]],
+            "out": self._cut(layers["out"], mask["out"], 1),
+            "fc1": self._cut(layers["fc1"], mask["fc1"], 0) if mask["fc1"] else None,
+            "fc2": self._cut(layers["fc2"], mask["fc2"], 1),
         }
 
-    def _layer(self, names: list[str | None]) -> Layer:
-        return self.weights[str(names[0])], None if names[1] is None else self.weights[names[1]]
+    def _cut(self, layer: list[str | None], runs: list[list[int]], dim: int) -> Any:
+        """Weight and bias of the rows (dim 0) or columns (dim 1) in ``runs``; views where they are one."""
 
-    def _run(self, program: str, weights: list[str], *inputs: Any) -> Any:
-        return self.programs[program]([self.weights[name] for name in weights], *inputs)
+        def take(tensor: Tensor) -> Tensor:
+            parts = [tensor.narrow(dim, first, count) for first, count in runs]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    def _load(self, folder: Path, name: str) -> Any:
+        weight, bias = (None if name is None else self.weights[name] for name in layer)
+        assert weight is not None
+        weight, bias = take(weight), bias if dim == 1 or bias is None else take(bias)
+        return (
+            weight.contiguous() if self.compiled else weight,
+            bias,
+        )  # generated code takes no columns as views
+
+    def _run(self, weights: dict[str, list[str]], program: str, *inputs: Any) -> Any:
+        return self.programs[program]([self.weights[name] for name in weights[program]], *inputs)
+
+    def _load(self, path: Path) -> Any:
         if self.compiled:
-            path, index = folder / f"{name}.compiled.pt2", self.device.index
+            path, index = path.with_name(f"{path.name}.compiled.pt2"), self.device.index
             if not path.is_file():
-                raise ValueError(
-                    f"no {path}; expected compiled programs; leave out compiled=True, or export with "
-                    "--aot-compile"
-                )
+                remedy = "leave out compiled=True, or export with --aot-compile"
+                raise refusal(f"no {path}", "compiled programs", remedy)
             return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
-        program = torch.export.load(folder / f"{name}.pt2")
+        program = torch.export.load(path.with_name(f"{path.name}.pt2"))
         if self.device != torch.device(self.plan["device"]):
             program = move_to_device_pass(program, self.device)
         return program.module()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dydit.adapters.base import AttentionParts, MlpParts
-from dydit.deployment.loader import thirds
+from dydit.deployment.slices import attention_program, is_fused
 from dydit.deployment.stages import Fields, Stage, Stages, used_weights
 from dydit.dynamic.dydit import DyDiT
-from dydit.export.schedule import SubnetSchedule, is_one_run
+from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.packing import Weights
 
 _SAMPLES = 3  # of the example inputs: programs take any number
@@ -32,13 +32,12 @@ class Programs:
 
     Attributes:
         programs: by name of the stage.
-        embed, decode: names of the weights that those programs take first.
+        ends: embed and decode -> names of the weights that those programs take first.
         blocks: of each block, stage -> names of the weights that its program takes first.
     """
 
     programs: dict[str, ExportedProgram] = field(default_factory=dict)
-    embed: list[str] = field(default_factory=list)
-    decode: list[str] = field(default_factory=list)
+    ends: dict[str, list[str]] = field(default_factory=dict)
     blocks: list[dict[str, list[str]]] = field(default_factory=list)
 
 
@@ -54,7 +53,9 @@ class _Exporter:
         self.model, self.result, self.state = model, Programs(), model.state_dict()
         self.x, self.t, self.y = _example(model, schedule.timesteps[0])
         groups = schedule.group_rows.sum(-1)
-        self.attends = _attends(schedule)
+        # Of any heads always, the others where the schedule has such blocks.
+        of_heads = {attention_program(heads, is_fused(model)) for heads in schedule.head_rows}
+        self.attends = sorted({"attend", *of_heads})
         # Some groups always; none where the schedule has such blocks.
         self.has_groups = sorted({True, *map(bool, groups)}, reverse=True)
 
@@ -64,11 +65,12 @@ class _Exporter:
         inputs: tuple[Any, ...] = (self.x, self.t, self.y)
         cond = self.model.adapter.embed(self.model.backbone, *inputs)[1]
         stages = Stages(self.model, type(cond))
-        self.result.embed, (tokens, fields) = self._export("embed", stages.embed, inputs, (_BATCH,) * 3)
+        ends = self.result.ends
+        ends["embed"], (tokens, fields) = self._export("embed", stages.embed, inputs, (_BATCH,) * 3)
         for i in range(self.model.shape.depth):
             self.result.blocks.append(self._block(stages, i, tokens, fields))
         inputs, sizes = (tokens, fields), (_BATCH, dict.fromkeys(fields, _BATCH))
-        self.result.decode, _ = self._export("decode", stages.decode, inputs, sizes)
+        ends["decode"], _ = self._export("decode", stages.decode, inputs, sizes)
         return self.result
 
     def _block(self, stages: Stages, i: int, tokens: Tensor, cond: Fields) -> dict[str, list[str]]:
@@ -78,8 +80,6 @@ class _Exporter:
         names: dict[str, list[str]] = {}
         every_cond = dict.fromkeys(cond, _BATCH)
         for name in self.attends:
-            if name == "attend_of_run" and len(attention.qkv) == 3:
-                continue  # views of three layers are three layers
             qkv, out = _example_attention(attention, name)
             inputs: tuple[Any, ...] = (tokens, cond, qkv, out)
             any_number = name in ("attend", "attend_of_run")
@@ -134,14 +134,6 @@ def _example(model: DyDiT, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, t, torch.zeros(_SAMPLES, dtype=torch.int64, device=x.device)
 
 
-def _attends(schedule: SubnetSchedule) -> list[str]:
-    """Programs of the attention: that of any heads always, the others where the schedule has such blocks."""
-    rows, heads = schedule.head_rows, schedule.head_rows.sum(-1)
-    some = (heads > 1) & (heads < rows.shape[-1])
-    kinds = {"of_run": some & is_one_run(rows), "of_one_head": heads == 1, "without_heads": heads == 0}
-    return ["attend", *(f"attend_{kind}" for kind, blocks in kinds.items() if blocks.any())]
-
-
 def _example_attention(parts: AttentionParts, name: str) -> tuple[list[Weights], Weights]:
     """Weights of most heads, of one, or of none: only their shapes count, and how many layers they are."""
     width, H = parts.out.in_features, parts.num_heads
@@ -149,7 +141,9 @@ def _example_attention(parts: AttentionParts, name: str) -> tuple[list[Weights],
     size = width // H * heads
     layers: list[Weights] = [(layer.weight, layer.bias) for layer in parts.qkv]
     if len(layers) == 1 and name != "attend":
-        layers = thirds(layers[0])
+        weight, bias = layers[0]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        layers = list(zip(weight.chunk(3), biases, strict=True))
     count = size * 3 // len(layers)
     qkv = [(w[:count], None if b is None else b[:count]) for w, b in layers if size]
     return qkv, (parts.out.weight[:, :size].contiguous(), parts.out.bias)

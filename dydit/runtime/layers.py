@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydit.processor import HAS_AMX
+from dydit.processor import HAS_AMX, HAS_BF16
 from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
@@ -38,13 +38,13 @@ def sliced_attention(packed: PackedBlock, x: Tensor, workspace: Workspace | None
 def self_attention(q: Tensor, k: Tensor, v: Tensor, workspace: Workspace | None = None) -> Tensor:
     """softmax(q·kᵀ/√d)·v over heads (B, h, N, d).
 
-    In bfloat16 on a CPU without AMX, up to 1,024 tokens, PyTorch's fused kernel takes longer than the two
-    products and the softmax, of as many heads at a time as have ``SCORES`` scores
+    In bfloat16 on a CPU that has instructions for it, but no AMX, PyTorch's fused kernel takes up to 1,024
+    tokens longer than the two products and the softmax, of as many heads at a time as have ``SCORES`` scores
     (``tools/measure_products.py``). Not in compiled code, whose sizes are symbolic.
     """
     N = q.shape[2]
     half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    in_products = half_on_cpu and not HAS_AMX and not torch.compiler.is_compiling()
+    in_products = half_on_cpu and HAS_BF16 and not HAS_AMX and not torch.compiler.is_compiling()
     if not in_products or N * N > SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     return _attention_in_products(q, k, v, SCORES // (N * N), workspace)

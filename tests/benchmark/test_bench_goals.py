@@ -70,7 +70,13 @@ def test_only_the_whole_model_on_two_threads_is_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "met"), [((0.8, 0.85, 0.9), True), ((0.9, 0.895), True), ((0.9, 0.8), False)]
+    ("shares", "met"),
+    [
+        ((0.8, 0.85, 0.9), True),
+        ((0.9, 0.895), True),
+        ((0.9, 0.8), False),
+        ((0.88, 0.9, 0.895, 0.889, 0.885), False),  # a little at a time
+    ],
 )
 def test_the_share_must_not_fall_in_a_sweep(shares: tuple[float, ...], met: bool) -> None:
     cases = [with_share(share, depth=depth) for depth, share in enumerate(shares, 4)]

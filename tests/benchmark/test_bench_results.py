@@ -117,8 +117,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 def test_the_page_says_what_it_measured_and_what_is_missing() -> None:
     text = page(made_up(finished=None), "bench.png")
     for words in (
-        "A processor",
-        "2 of 2 CPU cores",
+        "A processor (AVX2), 2 of 2 CPU cores",
         "`dydit bench DiT-XL/2`",
         "Not complete",
         "bench.png",

@@ -58,6 +58,7 @@ def test_every_design(conditioning: str) -> None:
 
 def test_in_bfloat16_where_attention_is_computed_in_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "HAS_AMX", False)
+    monkeypatch.setattr(layers, "HAS_BF16", True)
     model = torch.nn.Module.to(small_dydit(), torch.bfloat16)
     check_counts(model, some_capacities(model))
     engine = SubnetEngine(model, SubnetSchedule.from_model(model, TIMESTEPS))

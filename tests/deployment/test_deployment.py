@@ -252,9 +252,9 @@ def test_old_slices_go_before_new_ones_take_memory(tmp_path: Path, monkeypatch: 
     found = deployed(tmp_path, model, routed(model, capacities=False))
     make, old = Deployment._slices, list[weakref.ref[Any]]()
 
-    def watched(self: Deployment, row: int, block: dict[str, Any]) -> dict[str, Any]:
+    def watched(self: Deployment, i: int, row: int) -> Any:
         assert sum(ref() is not None for ref in old) < model.shape.depth
-        pack = make(self, row, block)
+        pack = make(self, i, row)
         old.append(weakref.ref(pack["out"][0]))
         return pack
 
@@ -297,14 +297,16 @@ def test_the_device_is_the_folders_own(tmp_path: Path, monkeypatch: pytest.Monke
         ValueError, match=r"no .*compiled.pt2; expected compiled programs; leave out compiled"
     ):
         Deployment(tmp_path, compiled=True)
-    with pytest.raises(ValueError, match="device meta for compiled .*; expected cpu, .*; leave out compiled"):
+    with pytest.raises(
+        ValueError, match="device meta for .* compiled for cpu; expected cpu; leave out compiled"
+    ):
         Deployment(tmp_path, device="meta", compiled=True)
     plan = tmp_path / "deployment.json"
     plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='device cuda; expected one .*; give device="cpu"'):
         Deployment(tmp_path)
-    with pytest.raises(ValueError, match="device cpu for compiled .*; expected cuda"):
+    with pytest.raises(ValueError, match="device cpu for .* compiled for cuda; expected cuda"):
         Deployment(tmp_path, device="cpu", compiled=True)
     check(Deployment(tmp_path, device="cpu"), model, schedule)
 
@@ -326,7 +328,7 @@ def test_programs_move_to_another_device(
         return program
 
     monkeypatch.setattr(loader, "move_to_device_pass", moved_to)
-    found._load(tmp_path / "programs", "decode")
+    found._load(tmp_path / "programs" / "decode")
     assert to == ([torch.device(device)] if moved else [])
 
 
@@ -352,18 +354,17 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torc
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(EOFError, match="ends within"):
+    with pytest.raises(ValueError, match=r"ends within \w; expected [\d,]+ bytes; copy the folder again"):
         read_safetensors(path)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "schedule.safetensors"])
-def test_other_weights_or_masks_are_refused(tmp_path: Path, name: str) -> None:
+def test_other_weights_are_refused(tmp_path: Path) -> None:
     model = small_dydit()
     deployed(tmp_path, model, routed(model, capacities=False))
-    data = bytearray((tmp_path / name).read_bytes())
+    data = bytearray((path := tmp_path / "weights.safetensors").read_bytes())
     data[-1] ^= 1
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=rf"{name} with sha256 \w{{12}}…; expected \w{{12}}….*export again"):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"weights.* with sha256 \w{12}…; expected \w{12}….*export again"):
         Deployment(tmp_path)
     Deployment(tmp_path, verify=False)
 
@@ -373,7 +374,9 @@ def test_other_latents_are_refused(tmp_path: Path) -> None:
     found = deployed(tmp_path, model, routed(model, capacities=False))
     x, y = small_inputs(model.shape)
     for wrong in (x.double(), x[..., :4]):
-        with pytest.raises(ValueError, match=r"latents of float.*; expected float32, \(batch, \[3, 8, 8\]\)"):
+        with pytest.raises(
+            ValueError, match=r"latents of .*; expected torch.float32, \(batch, 3, 8, 8\); convert"
+        ):
             found(wrong, STEPS[0], y)
 
 

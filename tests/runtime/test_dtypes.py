@@ -38,14 +38,17 @@ def routed(conditioning: str) -> tuple[DyDiT, SubnetSchedule, Tensor, Tensor]:
     return model, SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities), x, y
 
 
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_the_engine_in_half_precision_agrees_with_fp32(conditioning: str, dtype: torch.dtype) -> None:
+def test_the_engine_in_half_precision_agrees_with_fp32(
+    conditioning: str, dtype: torch.dtype, mode: Mode
+) -> None:
     model, schedule, x, y = routed(conditioning)
     t = torch.tensor(TIMESTEPS)
-    full = SubnetEngine(model, schedule)(x, t, y)
+    full = SubnetEngine(model, schedule, mode=mode)(x, t, y)
     y = y.to(dtype) if y.is_floating_point() else y
-    half = SubnetEngine(model, schedule, dtype=dtype)(x.to(dtype), t, y)
+    half = SubnetEngine(model, schedule, dtype=dtype, mode=mode)(x.to(dtype), t, y)
     assert half.dtype == dtype and relative_error(half.float(), full) < TOLERANCES[dtype]
 
 
@@ -115,6 +118,7 @@ def test_attention_in_products_or_in_one_kernel(
 ) -> None:
     monkeypatch.setattr(layers, "SCORES", scores)
     monkeypatch.setattr(layers, "HAS_AMX", False)
+    monkeypatch.setattr(layers, "HAS_BF16", True)
     projected = torch.randn(2, 16, 4, 3, 8, generator=torch.Generator().manual_seed(0))
     q, k, v = projected.permute(3, 0, 2, 1, 4)  # as the engine has them: parts of one layer's output
     expected = F.scaled_dot_product_attention(q, k, v)
@@ -123,3 +127,13 @@ def test_attention_in_products_or_in_one_kernel(
         room.restart()
         found = self_attention(q.to(dtype), k.to(dtype), v.to(dtype), workspace)
         assert found.dtype == dtype and relative_error(found.float(), expected) < TOLERANCES.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize(("has_bf16", "has_amx"), [(False, False), (True, True)])
+def test_attention_is_pytorchs_where_products_in_bfloat16_are_slower(
+    has_bf16: bool, has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "HAS_BF16", has_bf16)
+    monkeypatch.setattr(layers, "HAS_AMX", has_amx)
+    q, k, v = torch.randn(3, 2, 4, 16, 8).bfloat16()
+    assert torch.equal(self_attention(q, k, v, Workspace()), F.scaled_dot_product_attention(q, k, v))

@@ -238,6 +238,28 @@ def test_threads_share_an_engine(mode: Mode, dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_does_not_depend_on_what_ran_before(dtype: torch.dtype) -> None:
+    """With memory for one block, whose slots other masks and other blocks had before."""
+    model = small_dydit(config=DyDiTConfig(token_router_ratio=4, mlp_groups=8))
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS)
+    blocks = [(model.adapter.attention(b), model.adapter.mlp(b)) for b in model.backbone.blocks]
+    budget = max(block_bytes(*weights) for weights in blocks)
+    x, y = small_inputs(model.shape)
+    x = x.to(dtype)
+
+    def outputs(engine: SubnetEngine, timesteps: list[float]) -> dict[float, Tensor]:
+        return {t: engine(x, t, y).clone() for t in timesteps}
+
+    engine = SubnetEngine(model, schedule, dtype, memory_budget=budget)
+    expected = outputs(engine, TIMESTEPS)
+    for found in (
+        outputs(engine, TIMESTEPS[::-1]),
+        outputs(SubnetEngine(model, schedule, dtype), TIMESTEPS[::-1]),
+    ):
+        assert all(torch.equal(found[t], expected[t]) for t in TIMESTEPS)
+
+
 def test_null_label_and_scopes() -> None:
     engine = engine_of(small_dydit())
     assert engine.null_label == 10

@@ -43,6 +43,7 @@ def test_it_computes_what_the_engine_does(
     mode: Mode, dtype: torch.dtype, has_amx: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "HAS_AMX", has_amx)
+    monkeypatch.setattr(layers, "HAS_BF16", True)
     engine = make_engine(mode=mode)
     engine = SubnetEngine(engine.model, engine.schedule, dtype, mode=mode)
     x, y = small_inputs(engine.shape)
