@@ -149,10 +149,9 @@ class Deployment:
         weight, bias = (None if name is None else self.weights[name] for name in layer)
         assert weight is not None
         weight, bias = take(weight), bias if dim == 1 or bias is None else take(bias)
-        return (
-            weight.contiguous() if self.compiled else weight,
-            bias,
-        )  # generated code takes no columns as views
+        if self.compiled:  # generated code takes columns to lie as in a copy
+            weight = weight.contiguous()
+        return weight, bias
 
     def _run(self, weights: dict[str, list[str]], program: str, *inputs: Any) -> Any:
         return self.programs[program]([self.weights[name] for name in weights[program]], *inputs)
