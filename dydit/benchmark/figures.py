@@ -3,60 +3,87 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dydit.benchmark.results import STATIC, Benchmark, Case
 from dydit.report.plots import ACCENT_COLOR, BACKBONE_COLOR, DYDIT_COLOR, png_bytes
 
-_MODE_COLORS = {"exact": DYDIT_COLOR, "capacity": ACCENT_COLOR}
+_COLORS = {STATIC: BACKBONE_COLOR, "exact": DYDIT_COLOR, "capacity": ACCENT_COLOR}
 _DTYPE_LINES = {"fp32": "-", "bf16": "--", "fp16": ":"}
 _AXES = {"batch": "batch (images per call)", "tokens": "tokens per image", "depth": "blocks"}
 
 
 def draw(found: Benchmark) -> bytes:
-    """A PNG: the realised share along what was swept, or measured beside ideal speed-up."""
+    """A PNG: realised share and time along what was swept, or measured beside ideal speed-up."""
     sweep = found.settings.get("sweep")
-    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
-    axes: Axes = figure.subplots()
+    figure = Figure(figsize=(11.0, 4.4) if sweep in _AXES else (8.0, 4.2), layout="constrained")
     if not found.cases:
         return png_bytes(figure)
     if sweep in _AXES:
-        _draw_sweep(axes, found, sweep)
+        share, time = figure.subplots(1, 2)
+        _draw_shares(share, found, sweep)
+        _draw_times(time, found, sweep)
     else:
-        _draw_bars(axes, found)
-    axes.set_title(
-        f"{found.settings['subject']}, {found.machine.name}, {found.machine.threads} threads",
-        fontsize=10,
-    )
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+        _draw_bars(figure.subplots(), found)
+    title = f"{found.settings['subject']}, {found.machine.name}, {found.machine.threads} threads"
+    figure.suptitle(title, fontsize=10)
+    for axes in figure.axes:
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     return png_bytes(figure)
 
 
-def _draw_sweep(axes: Axes, found: Benchmark, sweep: str) -> None:
-    lines: dict[tuple[Any, ...], list[Case]] = defaultdict(list)
-    for case in found.cases:
-        for mode in case.modes:
-            lines[case.dtype, mode, None if sweep == "batch" else case.batch].append(case)
-    for (dtype, mode, batch), cases in lines.items():
-        places = [getattr(case, sweep) for case in cases]
+def _draw_shares(axes: Axes, found: Benchmark, sweep: str) -> None:
+    for (dtype, mode, batch), cases in _lines(found, sweep).items():
+        if mode == STATIC:
+            continue
         shares = [case.share(mode) for case in cases]
-        label = f"{dtype}, {mode}" + ("" if batch is None else f", batch {batch}")
         middle = [s.median for s in shares]
         spans = [[s.median - s.low for s in shares], [s.high - s.median for s in shares]]
         axes.errorbar(
-            places, middle, yerr=spans, label=label, marker="o", capsize=3,
-            color=_MODE_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
+            [getattr(case, sweep) for case in cases], middle, yerr=spans, marker="o", capsize=3,
+            label=_label(dtype, mode, batch), color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
         )  # fmt: skip
     axes.axhline(1.0, color=BACKBONE_COLOR, linewidth=1)
+    _scale(axes, found, sweep)
+    axes.set_ylabel("share of the ideal speed-up")
+
+
+def _draw_times(axes: Axes, found: Benchmark, sweep: str) -> None:
+    for (dtype, mode, batch), cases in _lines(found, sweep).items():
+        axes.plot(
+            [getattr(case, sweep) for case in cases],
+            [float(np.median(case.times(mode))) / case.batch for case in cases],
+            marker="o", color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
+            label=_label(dtype, mode, batch) if mode == STATIC else None,  # modes have one by their share
+        )  # fmt: skip
+    _scale(axes, found, sweep)
+    axes.set_yscale("log")
+    axes.set_ylabel("milliseconds per image in a call")
+
+
+def _lines(found: Benchmark, sweep: str) -> dict[tuple[str, str, int | None], list[Case]]:
+    """(dtype, static or mode, batch unless that is what is swept) -> cases."""
+    lines: dict[tuple[str, str, int | None], list[Case]] = defaultdict(list)
+    for case in found.cases:
+        for mode in (STATIC, *case.modes):
+            lines[case.dtype, mode, None if sweep == "batch" else case.batch].append(case)
+    return lines
+
+
+def _label(dtype: str, mode: str, batch: int | None) -> str:
+    return f"{dtype}, {mode}" + ("" if batch is None else f", batch {batch}")
+
+
+def _scale(axes: Axes, found: Benchmark, sweep: str) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({getattr(case, sweep) for case in found.cases})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel=_AXES[sweep], ylabel="share of the ideal speed-up")
+    axes.set_xlabel(_AXES[sweep])
 
 
 def _draw_bars(axes: Axes, found: Benchmark) -> None:
@@ -69,7 +96,7 @@ def _draw_bars(axes: Axes, found: Benchmark) -> None:
             label="ideal, from MACs" if first else None,
         )  # fmt: skip
         axes.bar(
-            place, speedup.median, width=0.55, color=_MODE_COLORS[mode],
+            place, speedup.median, width=0.55, color=_COLORS[mode],
             yerr=[[speedup.median - speedup.low], [speedup.high - speedup.median]], capsize=3,
             label=f"measured, {mode}" if mode not in [m for _, m in entries[:place]] else None,
         )  # fmt: skip
