@@ -46,13 +46,14 @@ DESIGNS = [
 ]
 
 
-def routed(model: DyDiT, capacities: bool, seed: int = 0) -> SubnetSchedule:
-    """Random widths, one head and no head among them, and a schedule with or without capacities."""
+def routed(model: DyDiT, capacities: bool, seed: int = 0, edges: bool = True) -> SubnetSchedule:
+    """Random widths, with ``edges`` one head and no head among them; with or without capacities."""
     shape = model.shape
     heads, groups = random_masks(seed, len(STEPS), shape, model.routing_config.always_on)
-    if not model.routing_config.always_on:
+    if edges and not model.routing_config.always_on:
         heads[0, 0] = groups[1, 0] = False
-    heads[2, 0], heads[3, 0], groups[3, 0] = np.arange(shape.num_heads) == 0, True, True
+    if edges:
+        heads[2, 0], heads[3, 0], groups[3, 0] = np.arange(shape.num_heads) == 0, True, True
     route_widths(model, STEPS, heads, groups)
     x, y = small_inputs(shape, batch=2)
     route_tokens(model, x, STEPS[0], y)
@@ -150,18 +151,23 @@ def test_half_precision(tmp_path: Path) -> None:
     check(deployed(tmp_path, half, schedule), half, schedule, tolerance=2e-2)
 
 
-COMPILED = {
+COMPILED: dict[str, Any] = {
     "2 heads": partial(small_dydit, 0, mixed=False, num_heads=2),
     "diffusers": lambda: dydit.convert(diffusers_dit(), DyDiTConfig(token_router_ratio=4)),
-    **{name: partial(small_dydit, 0, mixed=False, conditioning=name) for name in CONDITIONINGS},
+    **{
+        name: partial(small_dydit, 0, mixed=False, conditioning=name)
+        for name in CONDITIONINGS
+        if name != "adaln_zero"  # that of 2 heads
+    },
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", COMPILED.values(), ids=COMPILED)
-def test_aot_inductor_computes_the_same(tmp_path: Path, model: Any) -> None:
-    model = model()
-    schedule = routed(model, capacities=True)
+@pytest.mark.parametrize("name", COMPILED)
+def test_aot_inductor_computes_the_same(tmp_path: Path, name: str) -> None:
+    model = COMPILED[name]()
+    # A program takes many seconds to compile: those of the edges with two of the models.
+    schedule = routed(model, capacities=True, edges=name in ("2 heads", "diffusers"))
     schedule.save(tmp_path)
     compile_programs(tmp_path, write_deployment(tmp_path, model, schedule))
     found = Deployment(tmp_path, compiled=True)
