@@ -160,10 +160,14 @@ COMPILED: dict[str, Any] = {
         if name != "adaln_zero"  # that of 2 heads
     },
 }
+EXHAUSTIVE = ("adaln", "cross_attention", "adaln_single")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if name in EXHAUSTIVE else ()) for name in COMPILED],
+)
 def test_aot_inductor_computes_the_same(tmp_path: Path, name: str) -> None:
     model = COMPILED[name]()
     # A program takes many seconds to compile: those of the edges with two of the models.
