@@ -44,9 +44,9 @@ def title(found: Benchmark) -> str:
     if settings["sweep"]:
         extras = [f"{settings['sweep']} swept"]
     else:
-        batches = sorted({str(case.batch) for case in found.cases}, key=int)
+        batches = sorted({case.batch for case in found.cases})
         extras = [*dict.fromkeys(case.dtype for case in found.cases)]
-        extras += [f"batch {' and '.join(batches)}"] if batches else []
+        extras += ["batch " + " and ".join(map(str, batches))] if batches else []
     extras += ["compiled"] if settings["compile"] else []
     return ", ".join([f"{settings['subject']} on {found.machine.name}", *extras])
 

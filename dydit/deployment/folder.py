@@ -20,6 +20,7 @@ from dydit.deployment.programs import Programs, export_programs
 from dydit.deployment.slices import mask_slices
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
+from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import write_file
 from dydit.routing.gates import logit
@@ -30,10 +31,10 @@ WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run
 def write_deployment(
     folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
 ) -> Programs:
-    """Write the programs, the weights that they share, and what runs them.
+    """Write the programs, the weights that they share, and what runs them, beside the schedule.
 
     Args:
-        folder: that exists.
+        folder: that holds the saved schedule.
         model: on the device and in the dtype to run in.
         schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
         weights: safetensors file in the folder that holds the model's state; None: it is written here.
@@ -53,7 +54,7 @@ def write_deployment(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
     plan = _plan(model, schedule, programs, weights or WEIGHTS)
-    plan["sha256"] = loader.sha256_of(folder / plan["weights"])
+    plan["sha256"] = {name: loader.sha256_of(folder / name) for name in (plan["weights"], TENSORS)}
     write_file(folder / PLAN, json.dumps(plan))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
@@ -101,7 +102,6 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         layers = {"qkv": [layer(part) for part in attention.qkv], "out": layer(attention.out)}
         layers |= {"fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
         blocks.append({"weights": stages, "layers": layers})
-    capacities = schedule.capacities
     return {
         "torch_version": torch.__version__,
         "device": str(weight.device),
@@ -114,6 +114,4 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         "ends": programs.ends,
         "blocks": blocks,
         "masks": mask_slices(schedule, model),
-        "rows": schedule.rows.tolist(),
-        "capacities": None if capacities is None else capacities.tolist(),
     }

@@ -58,7 +58,7 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        verify: compare the sha256 of the weights with the one that was written.
+        verify: compare the sha256 of weights and schedule with those that were written.
     """
 
     def __init__(
@@ -74,8 +74,11 @@ class Deployment:
             remedy = f"leave out compiled=True, or export on a machine for {wanted.type}"
             raise refusal(f"device {wanted} for programs compiled for {kind}", kind, remedy)
         self.device = torch.empty(0, device=wanted).device  # with its index
-        sha256 = self.plan["sha256"] if verify else None
-        weights = read_safetensors(folder / self.plan["weights"], sha256)
+        expected = self.plan["sha256"] if verify else {}
+        weights, self.schedule = (
+            read_safetensors(folder / name, expected.get(name))
+            for name in (self.plan["weights"], "schedule.safetensors")
+        )
         self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
         self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
@@ -101,7 +104,10 @@ class Deployment:
         return self._run(plan["ends"], "decode", tokens, cond)
 
     def _block(self, position: int, i: int, tokens: Tensor, cond: Any) -> Tensor:
-        weights, pack = self.plan["blocks"][i]["weights"], self._pack(i, self.plan["rows"][position][i])
+        weights, pack = (
+            self.plan["blocks"][i]["weights"],
+            self._pack(i, int(self.schedule["rows"][position, i])),
+        )
         tokens, modulation, logits = self._run(
             weights, pack["attend"], tokens, cond, pack["qkv"], pack["out"]
         )
@@ -113,9 +119,9 @@ class Deployment:
 
     def _kept(self, position: int, i: int, logits: Tensor) -> Tensor:
         """Which tokens of the flattened batch enter the MLP."""
-        if self.plan["capacities"] is None:
+        if "capacities" not in self.schedule:
             return (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
-        (B, N), count = logits.shape, self.plan["capacities"][position][i]
+        (B, N), count = logits.shape, int(self.schedule["capacities"][position, i])
         top = logits.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
         return (top + N * torch.arange(B, device=self.device).unsqueeze(1)).flatten()
 

@@ -54,7 +54,8 @@ class _Exporter:
         self.x, self.t, self.y = _example(model, schedule.timesteps[0])
         groups = schedule.group_rows.sum(-1)
         # Of any heads always, the others where the schedule has such blocks.
-        of_heads = {attention_program(heads, is_fused(model)) for heads in schedule.head_rows}
+        fused = is_fused(model)
+        of_heads = {attention_program(heads, fused) for heads in schedule.head_rows}
         self.attends = sorted({"attend", *of_heads})
         # Some groups always; none where the schedule has such blocks.
         self.has_groups = sorted({True, *map(bool, groups)}, reverse=True)
