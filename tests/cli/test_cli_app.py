@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -33,19 +32,17 @@ def test_every_verb_has_an_example(command: Any, verb: str) -> None:
     assert f"Example: dydit {verb}" in outcome.out
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
+def test_help_imports_nothing_heavy() -> None:
+    # This is what keeps help fast; the seconds themselves are the machine's.
+    heavy = {"torch", "timm", "diffusers", "accelerate", "numpy", "matplotlib", "plotly", "jinja2", "rich"}
     code = (
         "import sys\n"
         "from dydit.cli.app import main\n"
         "assert main(['sample', '--help']) == main(['--help']) == 0\n"
-        "sys.exit(bool({'torch', 'diffusers', 'numpy', 'rich'} & set(sys.modules)) and 'heavy import')"
+        f"sys.exit(' '.join({heavy} & set(sys.modules)) or None)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Seconds of processor, not of the wall: others may be using the machine.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_version(command: Any) -> None:
