@@ -104,13 +104,10 @@ class Deployment:
         return self._run(plan["ends"], "decode", tokens, cond)
 
     def _block(self, position: int, i: int, tokens: Tensor, cond: Any) -> Tensor:
-        weights, pack = (
-            self.plan["blocks"][i]["weights"],
-            self._pack(i, int(self.schedule["rows"][position, i])),
-        )
-        tokens, modulation, logits = self._run(
-            weights, pack["attend"], tokens, cond, pack["qkv"], pack["out"]
-        )
+        weights, row = self.plan["blocks"][i]["weights"], int(self.schedule["rows"][position, i])
+        pack = self._pack(i, row)
+        inputs = (tokens, cond, pack["qkv"], pack["out"])
+        tokens, modulation, logits = self._run(weights, pack["attend"], *inputs)
         inputs, suffix = (tokens, modulation, pack["fc1"], pack["fc2"]), pack["mlp"]
         kept = None if logits is None else self._kept(position, i, logits)
         if kept is None or len(kept) == logits.numel():

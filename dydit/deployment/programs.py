@@ -96,10 +96,8 @@ class _Exporter:
             name = f"mlp_of_all{suffix}"
             names[name], _ = self._export(name, stages.mlp_of_all(i), inputs, sizes)
             if logits is not None:
-                name, kept = (
-                    f"mlp_of_kept{suffix}",
-                    torch.arange(0, x.shape[0] * x.shape[1], 2, device=x.device),
-                )
+                name = f"mlp_of_kept{suffix}"
+                kept = torch.arange(0, logits.numel(), 2, device=x.device)
                 names[name], _ = self._export(name, stages.mlp_of_kept(i), (*inputs, kept), (*sizes, _BATCH))
         return names
 

@@ -266,7 +266,9 @@ class SubnetEngine(nn.Module):
 
 def _check_mode(mode: str, schedule: SubnetSchedule) -> None:
     if mode not in get_args(Mode):
-        raise ConfigError(f"mode {mode!r}", expected=" or ".join(get_args(Mode)))
+        raise ConfigError(
+            f"mode {mode!r}", expected=" or ".join(get_args(Mode)), remedy="choose one of these"
+        )
     if mode == "capacity" and schedule.capacities is None:
         raise ScheduleError(
             "a schedule without capacities",

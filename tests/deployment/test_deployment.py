@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,30 @@ def deployed(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Deployment
     schedule.save(folder)
     write_deployment(folder, model, schedule)
     return Deployment(folder)
+
+
+@dataclass
+class Shipped:
+    """A model, its schedule with capacities, and a folder of theirs."""
+
+    model: DyDiT
+    schedule: SubnetSchedule
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    """Once for all tests, as tracing takes seconds."""
+    model, folder = small_dydit(0, mixed=False), tmp_path_factory.mktemp("deployment")
+    schedule = routed(model, capacities=True)
+    deployed(folder, model, schedule)
+    return Shipped(model, schedule, folder)
+
+
+@pytest.fixture
+def shipped(written: Shipped, tmp_path: Path) -> Shipped:
+    """A copy, to change at will."""
+    return replace(written, folder=shutil.copytree(written.folder, tmp_path / "deployment"))
 
 
 def copies(found: Deployment, pack: dict[str, Any]) -> int:
@@ -155,7 +181,7 @@ COMPILED = {
     "diffusers": lambda: dydit.convert(diffusers_dit(), DyDiTConfig(token_router_ratio=4)),
     **{name: partial(small_dydit, 0, mixed=False, conditioning=name) for name in CONDITIONINGS},
 }
-IN_CI = ("2 heads", "diffusers", "in_context")  # each takes minutes on a slow machine
+IN_CI = ("2 heads", "diffusers")  # each takes minutes on a slow machine
 
 
 @pytest.mark.slow
@@ -187,17 +213,12 @@ torch.save(Deployment(".")(x, float(sys.argv[2]), y), sys.argv[3])
 """
 
 
-def test_it_runs_in_a_process_with_torch_alone(tmp_path: Path) -> None:
-    model = small_dydit(0, mixed=False)
-    schedule = routed(model, capacities=True)
-    folder = tmp_path / "deployment"
-    folder.mkdir()
-    deployed(folder, model, schedule)
-    x, y = small_inputs(model.shape)
+def test_it_runs_in_a_process_with_torch_alone(shipped: Shipped, tmp_path: Path) -> None:
+    x, y = small_inputs(shipped.model.shape)
     torch.save((x, y), tmp_path / "inputs.pt")
     arguments = [str(tmp_path / "inputs.pt"), str(STEPS[1]), str(tmp_path / "output.pt")]
-    subprocess.run([sys.executable, "-c", LONE, *arguments], cwd=folder, check=True)
-    expected = SubnetEngine(model, schedule, mode="capacity")(x, STEPS[1], y)
+    subprocess.run([sys.executable, "-c", LONE, *arguments], cwd=shipped.folder, check=True)
+    expected = SubnetEngine(shipped.model, shipped.schedule, mode="capacity")(x, STEPS[1], y)
     assert relative_error(torch.load(tmp_path / "output.pt"), expected) < 1e-5
 
 
@@ -240,10 +261,8 @@ def test_compiled_programs_get_columns_as_a_copy_has_them(tmp_path: Path) -> Non
         assert all(leaf.is_contiguous() for leaf in tree_leaves(pack) if isinstance(leaf, torch.Tensor))
 
 
-def test_a_block_keeps_the_slices_of_its_last_mask(tmp_path: Path) -> None:
-    model = small_dydit(0, mixed=False)
-    schedule = routed(model, capacities=False)
-    found = deployed(tmp_path, model, schedule)
+def test_a_block_keeps_the_slices_of_its_last_mask(written: Shipped) -> None:
+    model, schedule, found = written.model, written.schedule, Deployment(written.folder)
     x, y = small_inputs(model.shape)
     found(x, STEPS[0], y)
     packs = dict(found.packs)
@@ -254,9 +273,8 @@ def test_a_block_keeps_the_slices_of_its_last_mask(tmp_path: Path) -> None:
     assert [found.packs[i] is packs[i] for i in range(model.shape.depth)] == same and not all(same)
 
 
-def test_old_slices_go_before_new_ones_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_dydit(0, mixed=False)
-    found = deployed(tmp_path, model, routed(model, capacities=False))
+def test_old_slices_go_before_new_ones_take_memory(written: Shipped, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = written.model, Deployment(written.folder)
     make, old = Deployment._slices, list[weakref.ref[Any]]()
 
     def watched(self: Deployment, i: int, row: int) -> Any:
@@ -272,11 +290,10 @@ def test_old_slices_go_before_new_ones_take_memory(tmp_path: Path, monkeypatch: 
     assert len(old) > model.shape.depth
 
 
-def test_two_threads(tmp_path: Path) -> None:
+def test_two_threads(written: Shipped) -> None:
     """Each wants other slices than the other."""
-    model = small_dydit(0, mixed=False)
-    found = deployed(tmp_path, model, routed(model, capacities=False))
-    x, y = small_inputs(model.shape)
+    found = Deployment(written.folder)
+    x, y = small_inputs(written.model.shape)
     expected = {t: found(x, t, y) for t in STEPS}
 
     def run(steps: list[float]) -> bool:
@@ -296,26 +313,25 @@ def test_two_heads(tmp_path: Path) -> None:
     check(deployed(tmp_path, model, schedule), model, schedule)
 
 
-def test_the_device_is_the_folders_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_dydit(0, mixed=False)
-    schedule = routed(model, capacities=False)
-    assert deployed(tmp_path, model, schedule).device == torch.device("cpu")
+def test_the_device_is_the_folders_own(shipped: Shipped, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shipped.folder
+    assert Deployment(folder).device == torch.device("cpu")
     with pytest.raises(
         ValueError, match=r"no .*compiled.pt2; expected compiled programs; leave out compiled"
     ):
-        Deployment(tmp_path, compiled=True)
+        Deployment(folder, compiled=True)
     with pytest.raises(
         ValueError, match="device meta for .* compiled for cpu; expected cpu; leave out compiled"
     ):
-        Deployment(tmp_path, device="meta", compiled=True)
-    plan = tmp_path / "deployment.json"
+        Deployment(folder, device="meta", compiled=True)
+    plan = folder / "deployment.json"
     plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='device cuda; expected one .*; give device="cpu"'):
-        Deployment(tmp_path)
+        Deployment(folder)
     with pytest.raises(ValueError, match="device cpu for .* compiled for cuda; expected cuda"):
-        Deployment(tmp_path, device="cpu", compiled=True)
-    check(Deployment(tmp_path, device="cpu"), model, schedule)
+        Deployment(folder, device="cpu", compiled=True)
+    check(Deployment(folder, device="cpu"), shipped.model, shipped.schedule)
 
 
 @pytest.mark.parametrize(
@@ -323,10 +339,9 @@ def test_the_device_is_the_folders_own(tmp_path: Path, monkeypatch: pytest.Monke
     [("cpu", "cpu", False), ("cuda:0", "cuda:0", False), ("cuda:1", "cuda:0", True), ("cuda:0", "cpu", True)],
 )
 def test_programs_move_to_another_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, made_on: str, moved: bool
+    written: Shipped, monkeypatch: pytest.MonkeyPatch, device: str, made_on: str, moved: bool
 ) -> None:
-    model = small_dydit(0, mixed=False)
-    found = deployed(tmp_path, model, SubnetSchedule.from_model(model, STEPS[:1]))
+    found = Deployment(written.folder)
     found.device, found.plan["device"] = torch.device(device), made_on
     to: list[torch.device] = []
 
@@ -335,7 +350,7 @@ def test_programs_move_to_another_device(
         return program
 
     monkeypatch.setattr(loader, "move_to_device_pass", moved_to)
-    found._load(tmp_path / "programs" / "decode")
+    found._load(written.folder / "programs" / "decode")
     assert to == ([torch.device(device)] if moved else [])
 
 
@@ -366,21 +381,19 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torc
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "schedule.safetensors"])
-def test_other_weights_or_masks_are_refused(tmp_path: Path, name: str) -> None:
-    model = small_dydit()
-    deployed(tmp_path, model, routed(model, capacities=False))
-    data = bytearray((tmp_path / name).read_bytes())
+def test_other_weights_or_masks_are_refused(shipped: Shipped, name: str) -> None:
+    path = shipped.folder / name
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    (tmp_path / name).write_bytes(data)
+    path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{name} with sha256 \w{{12}}…; expected \w{{12}}….*export again"):
-        Deployment(tmp_path)
-    Deployment(tmp_path, verify=False)
+        Deployment(shipped.folder)
+    Deployment(shipped.folder, verify=False)
 
 
-def test_other_latents_are_refused(tmp_path: Path) -> None:
-    model = small_dydit()
-    found = deployed(tmp_path, model, routed(model, capacities=False))
-    x, y = small_inputs(model.shape)
+def test_other_latents_are_refused(written: Shipped) -> None:
+    found = Deployment(written.folder)
+    x, y = small_inputs(written.model.shape)
     for wrong in (x.double(), x[..., :4]):
         with pytest.raises(
             ValueError, match=r"latents of torch.float.*; expected torch.float32, \(batch, 3, 8, 8\); convert"
@@ -388,10 +401,9 @@ def test_other_latents_are_refused(tmp_path: Path) -> None:
             found(wrong, STEPS[0], y)
 
 
-def test_a_timestep_outside_of_the_schedule_is_refused(tmp_path: Path) -> None:
-    model = small_dydit(0, mixed=False)
-    found = deployed(tmp_path, model, routed(model, capacities=False))
-    x, y = small_inputs(model.shape)
+def test_a_timestep_outside_of_the_schedule_is_refused(written: Shipped) -> None:
+    found = Deployment(written.folder)
+    x, y = small_inputs(written.model.shape)
     with pytest.raises(ValueError, match=r"timestep 3.0; expected .* 8 \(950 … 110\); export again"):
         found(x, 3.0, y)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,8 +27,19 @@ from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.shapes import CONDITIONINGS
 
 STEPS = [float(t) for t in range(950, 0, -80)]  # 12 timesteps
+
+# Half a minute each on a slow machine: of the other designs .ci/run has one mode.
+IN_CI = {"in_context": "exact", "cross_attention": "capacity", "adaln": "exact", "adaln_single": "capacity"}
+
+
+def marks(design: str, mode: str) -> list[pytest.MarkDecorator]:
+    if design == "adaln_zero":
+        return []
+    return [pytest.mark.slow] if IN_CI[design] == mode else [pytest.mark.slow, pytest.mark.exhaustive]
+
+
 DESIGNS = [
-    pytest.param(name, marks=() if name == "adaln_zero" else pytest.mark.slow) for name in CONDITIONINGS
+    pytest.param(name, mode, marks=marks(name, mode)) for name in CONDITIONINGS for mode in get_args(Mode)
 ]
 
 
@@ -70,8 +81,7 @@ def largest_error(a: SubnetEngine, b: SubnetEngine, steps: list[float] = STEPS, 
     return max(relative_error(a(x, t, y), b(x, t, y)) for t in steps)
 
 
-@pytest.mark.parametrize("mode", ["exact", "capacity"])
-@pytest.mark.parametrize("conditioning", DESIGNS)
+@pytest.mark.parametrize(("conditioning", "mode"), DESIGNS)
 def test_few_graphs_for_many_subnetworks(counter: Any, conditioning: str, mode: Mode) -> None:
     model, schedule = many_subnetworks(conditioning)
     shapes = distinct_shapes(schedule)
