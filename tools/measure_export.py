@@ -2,9 +2,10 @@
 
     python tools/measure_export.py                      # DiT-XL/2, 250 timesteps of DDPM
     python tools/measure_export.py --order              # heads and groups ordered by use besides
+    python tools/measure_export.py --rounds 1 --aot     # then the size of a deployment folder
 
 What ``dydit export`` does with a model that is in memory: the width routers at every timestep, the distinct
-subnetworks, MACs, the sha256 of the weights, and the folder written. Weights are random.
+masks, MACs, the sha256 of the weights, and the folder written. Weights are random.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dydit.config import DyDiTConfig, SamplerConfig
+from dydit.deployment.folder import write_deployment
 from dydit.diffusion import make_sampler
 from dydit.dynamic.convert import convert
+from dydit.dynamic.dydit import DyDiT
 from dydit.export.ordering import order_by_use
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--preset", default="DiT-XL/2")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--order", action="store_true")
+    parser.add_argument("--aot", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -54,7 +59,23 @@ def main() -> None:
     low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
     print(
         f"{options.preset}, {len(schedule.timesteps)} timesteps, {len(schedule.head_rows)} distinct "
-        f"subnetworks: {median:.1f} s ({low:.1f} to {high:.1f})"
+        f"pairs of head and group masks: {median:.1f} s ({low:.1f} to {high:.1f})"
+    )
+    if options.aot:
+        print(deployed(model, schedule))
+
+
+def deployed(model: DyDiT, schedule: SubnetSchedule) -> str:
+    """How large a deployment folder is, and what is in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        schedule.save(folder)
+        programs = write_deployment(Path(folder), model, schedule).programs
+        sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    taken = sum(size for path, size in sizes.items() if path.suffix == ".pt2")
+    return (
+        f"deployment: {len(programs)} programs of {taken / 1e3:.0f} kB; the folder is "
+        f"{sum(sizes.values()) / weights:.4f} times the weights, {weights / 1e9:.1f} GB"
     )
 
 

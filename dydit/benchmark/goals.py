@@ -44,8 +44,8 @@ class Verdict:
 
     @property
     def words(self) -> str:
-        """``met``, or by how much it is missed."""
-        return "met" if self.met else f"missed by {self.show(abs(self.measured - self.wanted))}"
+        """``met`` or ``missed``."""
+        return "met" if self.met else "missed"
 
     def row(self) -> tuple[str, ...]:
         """Goal, mode, bound, figure and verdict."""

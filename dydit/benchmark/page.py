@@ -7,13 +7,13 @@ from dydit.benchmark.tables import calls_table, megabytes, runs_table
 
 NOTES = """\
 Every network is called once per round, in an order that rotates; ratios are of the same round, medians with
-quartiles. Ideal is static over engine in MACs, counted by fvcore on a call of the benchmark; share is
-measured over ideal, round by round. An engine's subnetwork is packed before it is timed, except in whole
-runs, which start with nothing packed (but what CUDA graphs hold) and take turns step by step. *All on* is an
-engine with every head, group and token on: where it takes less than the static backbone, the engine's own
-forms of attention and products are faster than PyTorch's, and the share gains from that too. *Masked* is the
-trained form. Peak memory is of processes with one network each, the engines' over every timestep of the
-schedule, never compiled."""
+quartiles. Ideal is static over engine in MACs, by the closed form; fvcore counts a call of each mode, and the
+benchmark stops where the two differ. Share is the measured speed-up over the ideal one, round by round. An
+engine's subnetwork is packed before it is timed, except in whole runs, which start with nothing packed (but
+what CUDA graphs hold) and take turns step by step. *All on* is an engine with every head, group and token on:
+where it takes less than the static backbone, the engine's own forms of attention and products are faster than
+PyTorch's, and the share gains from that too. *Masked* is the trained form. Peak memory is of processes with
+one network each, the engines' over every timestep of the schedule, never compiled."""
 
 
 def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:
@@ -85,6 +85,6 @@ def _of_case(case: Case) -> str:
     timesteps = ", ".join(f"{t:g}" for t in case.timesteps)
     return (
         f"First case: latent {height}×{width}, {case.tokens} tokens, {case.depth} blocks{halves}; timesteps "
-        f"{timesteps}; tokens kept: {kept}; {distinct} distinct subnetworks per block over the schedule, "
+        f"{timesteps}; tokens kept: {kept}; {distinct} distinct masks per block over the schedule, "
         f"{case.view_share:.0%} of them views.{differs}"
     )

@@ -39,7 +39,7 @@ def runs_table(found: Benchmark) -> Table:
     """Whole sampling runs; no rows where none was measured."""
     varying = _varying(found.cases)
     header = (
-        *varying, "batch", "dtype", "mode", "run", "static s", "engine s", "speed-up", "ideal",
+        *varying, "batch", "dtype", "mode", "run", "static s", "engine s", "speed-up (quartiles)", "ideal",
         "share of ideal", "blocks packed, reused", "views", "copied", "packed at the end",
     )  # fmt: skip
     cases = [case for case in found.cases if case.whole_run is not None]
@@ -72,9 +72,11 @@ def _run_row(case: Case, mode: str, varying: Sequence[str]) -> tuple[str, ...]:
     assert run is not None
     packs = run.packs[mode]
     seconds = [measured(_median(run.ms[name]) / 1e3) for name in ("static", mode)]
+    speedup, rounds = run.speedup(mode), len(run.ms[mode])
+    told = f"{speedup.median:.2f}" if rounds == 1 else spread_text(speedup, 2)
     return (
         *_place(case, varying), mode, f"{run.steps} steps of {run.sampler}, guidance {run.guidance_scale:g}",
-        *seconds, f"{run.speedup(mode).median:.2f}", f"{run.ideal(mode):.2f}", f"{run.share(mode):.3f}",
+        *seconds, told, f"{run.ideal(mode):.2f}", f"{run.share(mode):.3f}",
         f"{packs['misses']}, {packs['hits']}", str(packs["views"]),
         megabytes(packs.get("copied")), megabytes(packs["bytes"]),
     )  # fmt: skip

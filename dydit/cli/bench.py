@@ -62,7 +62,7 @@ def bench(
     sweep: Annotated[
         Sweep | None,
         typer.Option(
-            help="Share against batch size (1 to 16 in place of --batch), tokens or depth; without masked "
+            help="Measure against batch size (1 to 16 in place of --batch), tokens or depth; without masked "
             "model and memory.",
             show_default=False,
         ),

@@ -54,7 +54,7 @@ def export(
     ] = None,
     order: Annotated[
         bool,
-        typer.Option("--order", help="Order heads and groups by use, so that most slices are views."),
+        typer.Option("--order", help="Order heads and groups by use, so that most slices need no copy."),
     ] = False,
     aot: Annotated[
         bool,
@@ -68,7 +68,7 @@ def export(
         bool | None,
         typer.Option(
             "--aot-compile/--no-aot-compile",
-            help="Also compile them by AOTInductor for this machine; without it where there is a compiler.",
+            help="Also compile them by AOTInductor, for this machine; default: if there is a C++ compiler.",
             show_default=False,
         ),
     ] = None,
@@ -195,7 +195,7 @@ def _story(
             f"(target {found.target:g}), threshold of width {_score(found.before.width)} -> "
             f"{_score(found.after.width)}, of tokens {_score(found.before.tokens)} -> "
             f"{_score(found.after.tokens)}; "
-            f"{found.passes} passes over {found.samples} samples"
+            f"{found.passes} pass{'' if found.passes == 1 else 'es'} over {found.samples} samples"
         )
     if found and found.chosen is not None:
         chosen = found.chosen

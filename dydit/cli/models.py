@@ -9,6 +9,8 @@ from dydit.config import find_path, load_config
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.loading import load_dydit
 from dydit.errors import CheckpointError
+from dydit.export.artefact import TENSORS
+from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone, stored_class
 from dydit.training.loop import CONFIG_FILE, MODEL_FOLDER
@@ -34,9 +36,15 @@ def open_model(path: str) -> DiT | DyDiT:
 
 
 def sampler_defaults(path: str) -> dict[str, Any]:
-    """Sampler settings of the run that ``path`` is the folder of; empty where it is no run."""
-    run = _run_folder(path)
-    return {} if run is None else load_config(run / CONFIG_FILE).sampler.model_dump()
+    """Sampler settings of the run or export that ``path`` is the folder of; empty where it is neither.
+
+    Raises:
+        ScheduleError: the export is damaged.
+    """
+    run, folder = _run_folder(path), Path(find_path(path))
+    if run is not None:
+        return load_config(run / CONFIG_FILE).sampler.model_dump()
+    return SubnetSchedule.load(folder).sampler if (folder / TENSORS).is_file() else {}
 
 
 def trained_target(path: str) -> float | None:

@@ -85,7 +85,10 @@ class Deployment:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
-        """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps."""
+        """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps.
+
+        Of models that learn the variance too, that follows in C more channels.
+        """
         plan, step = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
         dtype, latent, steps = plan["dtype"], plan["latent"], plan["timesteps"]
         if (str(x.dtype), list(x.shape[1:])) != (dtype, latent):

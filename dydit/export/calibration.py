@@ -22,7 +22,7 @@ from dydit.export.search import find_thresholds, find_token_threshold, reachable
 from dydit.export.thresholds import Thresholds
 from dydit.routing.gates import logit
 
-PASSES = 12  # trajectories at most; two or three are usual
+PASSES = 12  # trajectories at most; two to four are usual
 FREE_PASSES = 3  # those after which the widths stay and only the tokens are corrected
 
 

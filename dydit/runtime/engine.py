@@ -99,6 +99,9 @@ class SubnetEngine(nn.Module):
                 different timesteps run in one subnetwork each. A tensor on an accelerator costs one sync:
                 pass a number where all samples share the timestep.
 
+        Returns:
+            (B, C, height, width), or with ``learn_sigma`` (B, 2C, height, width): noise, then variance.
+
         Raises:
             ScheduleError: a timestep is not in the schedule.
             ShapeError: latent or y of the wrong shape or dtype, or t or y not one per sample.

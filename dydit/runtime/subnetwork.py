@@ -42,7 +42,7 @@ class Subnetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise of latents x (B, C, height, width); y as for the model."""
+        """Predict the noise of latents x (B, C, height, width) as the engine does; y as for the model."""
         model, blocks = self._parts
         tokens, cond = model.adapter.embed(model.backbone, x, self.timestep, y)
         tokens = tokens.contiguous()  # the token path works on its rows in place

@@ -59,6 +59,16 @@ def test_an_export_never_replaces_the_model_that_it_is_made_from(
     assert len(json.loads((place / "manifest.json").read_text())["timesteps"]) == 2
 
 
+def test_an_exports_folder_brings_its_sampler(command: Any, models: Any, tmp_path: Path) -> None:
+    words = ("--sampler", "ddpm", "--steps", "5", "--guidance-scale", "2")
+    assert command("export", models.dynamic, *words, "--with-weights", "--out", tmp_path / "a").status == 0
+    assert command("export", tmp_path / "a", "--steps", "4", "--out", tmp_path / "b").status == 0
+    first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
+    assert second["sampler"] == {**first["sampler"], "steps": 4}
+    (tmp_path / "a" / "manifest.json").write_text("{}")
+    assert "manifest.json" in command("export", tmp_path / "a", "--out", tmp_path / "c").error
+
+
 def test_engine_draws_what_the_masked_model_draws(
     command: Any, models: Any, exported: Path, tmp_path: Path
 ) -> None:
