@@ -112,7 +112,8 @@ def test_the_page_has_goals_commands_and_pictures(tmp_path: Path) -> None:
     assert "2 pictures" in told
     text = (docs / "benchmarks.md").read_text()
     for words in ("| missed |", "`dydit bench DiT-XL/2`", "`dydit bench DiT-XL/2 --memory-budget 1`",
-                  "benchmarks/machine0.png", "6 of 8 are met", "| exact | 2.40× | 2.00× | 3.00× |"):  # fmt: skip
+                  "benchmarks/machine0.png", "6 of 8 are met",
+                  "| exact | 2.40× | 2.00× | 3.00× |"):  # fmt: skip
         assert words in text
     assert (docs / "benchmarks" / "machine1.png").read_bytes().startswith(b"\x89PNG")
     tool().render(docs, check=True)
