@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +117,47 @@ def test_on_the_cpu_nothing_is_prepared() -> None:
     found = packs()
     found.prepare_next(0, CPU)
     assert found.statistics().misses == 0
+
+
+class Side:
+    """Stands in for a GPU's stream beside the main one."""
+
+    def __init__(self, _: Any = None) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose streams do all work at once."""
+    for name, stand_in in (("Stream", Side), ("current_stream", Side), ("stream", lambda _: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return torch.device("cuda")
+
+
+def test_the_next_timestep_is_prepared_beside_this_one(gpu: torch.device) -> None:
+    found = packs(10**9)
+    for block in range(2):
+        with found.use(0, block):
+            pass
+    before = found.statistics()
+    found.prepare_next(0, gpu)
+    prepared = found.statistics()
+    assert prepared.misses > before.misses and prepared.hits == before.hits
+    for block in range(2):
+        with found.use(1, block):
+            pass
+    assert found.statistics().misses == prepared.misses
+    found.prepare_next(len(TIMESTEPS) - 1, gpu)  # nothing comes after the last
+    assert found.statistics().misses == prepared.misses
+
+
+def test_what_two_timesteps_cannot_share_is_not_prepared(gpu: torch.device) -> None:
+    found = packs(packs(10**9).bytes_at(0, 1) - 1)
+    found.prepare_next(0, gpu)
+    assert found.statistics().misses == 0
+    enough = packs(packs(10**9).bytes_at(0, 1))
+    enough.prepare_next(0, gpu)
+    assert enough.statistics().misses > 0
 
 
 def test_heads_and_groups_are_packed_once_per_mask_of_their_own() -> None:
