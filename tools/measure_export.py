@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dydit.config import DyDiTConfig, SamplerConfig
-from dydit.deployment.folder import write_deployment
+from dydit.deployment.folder import times_the_weights, write_deployment
 from dydit.diffusion import make_sampler
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
@@ -67,15 +67,15 @@ def main() -> None:
 
 def deployed(model: DyDiT, schedule: SubnetSchedule) -> str:
     """How large a deployment folder is, and what is in it."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         schedule.save(folder)
-        programs = write_deployment(Path(folder), model, schedule).programs
-        sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    taken = sum(size for path, size in sizes.items() if path.suffix == ".pt2")
+        programs = write_deployment(folder, model, schedule).programs
+        size = sum(path.stat().st_size for path in folder.rglob("*.pt2"))
+        share = times_the_weights(folder, model)
     return (
-        f"deployment: {len(programs)} programs of {taken / 1e3:.0f} kB; the folder is "
-        f"{sum(sizes.values()) / weights:.4f} times the weights, {weights / 1e9:.1f} GB"
+        f"deployment: {len(programs)} programs of {size / 1e3:.0f} kB; "
+        f"the folder is {share:.4f} times the weights"
     )
 
 

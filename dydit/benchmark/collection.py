@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dydit.benchmark.goals import SUBJECT, judge
+from dydit.benchmark.goals import RUN_MARGIN, SUBJECT, SWEEP_NOISE, judge
 from dydit.benchmark.page import NOTES, page
 from dydit.benchmark.results import Benchmark
 from dydit.benchmark.storage import load_benchmark
@@ -34,10 +34,10 @@ _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand b
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",
 )  # fmt: skip
-_BOUNDS = (
-    "The bound of whole runs is the share of single calls less 0.03. As batch, tokens or depth grow, the\n"
-    "share may fall by 0.01. Peak memory may lie above the static model's by the budget of packed weights."
-)
+_BOUNDS = f"""\
+The bound of whole runs is the share of single calls less {RUN_MARGIN}. As batch, tokens or depth grow, the
+share may fall by {SWEEP_NOISE}. Peak memory may lie above the static model's by the budget of packed weights.
+Differences are of unrounded figures."""
 _GOAL_HEADER = ("goal", "mode", "bound", "measured", "verdict", "machine", "measured by")
 
 
@@ -76,8 +76,6 @@ def render_collection(collection: dict[str, Benchmark], pictures: str = "benchma
 
 def _speedups(collection: Sequence[Benchmark]) -> Table:
     """Time of the static backbone over the engine's; rows of whole subjects alone, without sweeps."""
-    parts = ("sweep", "depth", "sample_size")
-    whole = [found for found in collection if not any(found.settings[name] for name in parts)]
     rows = [
         (
             found.settings["subject"], found.machine.name, case.dtype, str(case.batch), mode,
@@ -85,7 +83,7 @@ def _speedups(collection: Sequence[Benchmark]) -> Table:
             DASH if case.whole_run is None else f"{case.whole_run.speedup(mode).median:.2f}×",
             f"{case.ideal(mode):.2f}×",
         )
-        for found in whole for case in found.cases for mode in case.modes
+        for found in collection if found.is_whole for case in found.cases for mode in case.modes
     ]  # fmt: skip
     return Table(_SPEEDUP_HEADER, tuple(rows))
 

@@ -44,8 +44,8 @@ class Verdict:
 
     @property
     def words(self) -> str:
-        """``met`` or ``missed``."""
-        return "met" if self.met else "missed"
+        """``met``, or by how much it is missed."""
+        return "met" if self.met else f"missed by {self.show(abs(self.measured - self.wanted))}"
 
     def row(self) -> tuple[str, ...]:
         """Goal, mode, bound, figure and verdict."""
@@ -64,8 +64,7 @@ def judge(found: Benchmark) -> list[Verdict]:
     if settings["sweep"]:
         return [verdict for mode in _modes(found) for verdict in _sweep_goals(found, mode)]
     on_cpu = found.machine.device == "cpu"
-    whole = settings["depth"] is None and settings["sample_size"] is None
-    if not whole or (on_cpu and found.machine.threads != CPU_THREADS):
+    if not found.is_whole or (on_cpu and found.machine.threads != CPU_THREADS):
         return []
     goals = _cpu_goals if on_cpu else _gpu_goals
     return [verdict for case in found.cases for mode in case.modes for verdict in goals(found, case, mode)]

@@ -207,3 +207,8 @@ class Benchmark(_Frozen):
     started: str
     finished: str | None = None
     cases: tuple[Case, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is of the subject as it is: not of fewer blocks or other latents, nor a sweep."""
+        return all(self.settings[name] is None for name in ("sweep", "depth", "sample_size"))

@@ -116,7 +116,7 @@ def _deploy(
     """Write the programs, and the weights where the ``saved`` model's will not do; say what was written."""
     import torch
 
-    from dydit.deployment.folder import compile_programs, compiler, write_deployment
+    from dydit.deployment.folder import compile_programs, compiler, times_the_weights, write_deployment
     from dydit.models.checkpoints.sources import WEIGHTS
     from dydit.precision import DTYPES
 
@@ -129,11 +129,9 @@ def _deploy(
     wanted = compiler() is not None if compile is None else compile
     if wanted:
         compile_programs(folder, programs, progress=True)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     return (
         f"deployment: {len(programs.programs)} programs{', compiled too' if wanted else ''}; "
-        f"the folder is {size / weights:.2f} times the weights"
+        f"the folder is {times_the_weights(folder, network):.2f} times the weights"
     )
 
 

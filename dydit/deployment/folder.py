@@ -67,6 +67,12 @@ def _bare(program: ExportedProgram) -> ExportedProgram:
     return bare
 
 
+def times_the_weights(folder: Path, model: DyDiT) -> float:
+    """Bytes of all files of a folder over those of the model's weights."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return size / sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
 def compiler() -> str | None:
     """The C++ compiler that AOTInductor would call; None where there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))

@@ -37,7 +37,7 @@ def with_share(share: float, **changes: Any) -> Any:
 
 def test_goals_of_a_case() -> None:
     share, all_on, run, memory = judge(made_up(made_up_case()))
-    assert (share.met, share.words) == (False, "missed")
+    assert (share.met, share.words) == (False, "missed by 0.130")
     assert (share.wanted, share.measured) == pytest.approx((0.93, 0.8))
     assert (all_on.met, all_on.words) == (True, "met")
     assert (run.met, run.wanted) == (True, pytest.approx(0.77))
@@ -55,7 +55,7 @@ def test_the_bound_itself_is_enough(dtype: str, batch: int, bound: float) -> Non
 
 def test_memory_beyond_the_budget_is_missed() -> None:
     case = made_up_case(memory=Memory(peaks={"static": 0, "exact": 5_000_000}, budget=2_000_000))
-    assert judge(made_up(case))[-1].words == "missed"
+    assert judge(made_up(case))[-1].words == "missed by 3 MB"
 
 
 def test_only_the_whole_model_on_two_threads_is_judged() -> None:
@@ -111,13 +111,13 @@ def test_the_page_has_goals_commands_and_pictures(tmp_path: Path) -> None:
     told = tool().render(docs, check=False)
     assert "2 pictures" in told
     text = (docs / "benchmarks.md").read_text()
-    for words in ("| missed |", "`dydit bench DiT-XL/2`", "`dydit bench DiT-XL/2 --memory-budget 1`",
+    for words in ("missed by 0.130", "`dydit bench DiT-XL/2`", "`dydit bench DiT-XL/2 --memory-budget 1`",
                   "benchmarks/machine0.png", "6 of 8 are met",
                   "| exact | 2.40× | 2.00× | 3.00× |"):  # fmt: skip
         assert words in text
     assert (docs / "benchmarks" / "machine1.png").read_bytes().startswith(b"\x89PNG")
     tool().render(docs, check=True)
-    (docs / "benchmarks.md").write_text(text.replace("| missed |", "| met |"))
+    (docs / "benchmarks.md").write_text(text.replace("0.130", "0.001"))
     with pytest.raises(DyditError, match="is not what its files render to"):
         tool().render(docs, check=True)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from core_builders import random_masks, route_tokens, route_widths, small_dydit, small_inputs
+from cuda_stand_ins import stand_in_for_streams
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,28 +47,13 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 
-class Stream:
-    """Does all work at once."""
-
-    def wait_stream(self, _: Any) -> None: ...
-    def wait_event(self, _: Any) -> None: ...
-    def record_event(self) -> object:
-        return object()
-
-
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    main = Stream()
-    for name, stand_in in {
-        "CUDAGraph": Recorded,
-        "graph": lambda graph, *_args, **_options: graph,  # entered, it captures
-        "graph_pool_handle": object,
-        "Stream": Stream,
-        "current_stream": lambda *_: main,
-        "stream": lambda _: nullcontext(),
-        "device": lambda _: nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    stand_in_for_streams(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *_args, **_options: graph)  # entered, it captures
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
 
 
 def counted() -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from cuda_stand_ins import stand_in_for_streams
 from torch import nn
 
 from dydit.config import DyDiTConfig
@@ -119,18 +119,10 @@ def test_on_the_cpu_nothing_is_prepared() -> None:
     assert found.statistics().misses == 0
 
 
-class Side:
-    """Stands in for a GPU's stream beside the main one."""
-
-    def __init__(self, _: Any = None) -> None: ...
-    def wait_stream(self, _: Any) -> None: ...
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose streams do all work at once."""
-    for name, stand_in in (("Stream", Side), ("current_stream", Side), ("stream", lambda _: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    stand_in_for_streams(monkeypatch)
     return torch.device("cuda")
 
 
