@@ -15,8 +15,14 @@ class Stream:
     def __init__(self, _device: Any = None) -> None: ...
     def wait_stream(self, _other: Any) -> None: ...
     def wait_event(self, _event: Any) -> None: ...
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> Event:
+        return Event()
+
+
+class Event:
+    """Of such a stream: it has been."""
+
+    def synchronize(self) -> None: ...
 
 
 def stand_in_for_streams(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from dydit.benchmark.results import ALL_ON, MASKED, STATIC
 from dydit.benchmark.settings import BenchSettings
 from dydit.benchmark.subject import Subject
 from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.graphs import CudaGraphs
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,16 @@ def make_engine(subject: Subject, settings: BenchSettings, mode: str, all_on: bo
 
 
 def dense(network: nn.Module, compiled: bool) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """A dense network without gradients; t reaches it as a tensor, on which no compiler specialises."""
+    """A dense network without gradients; t reaches it as a tensor, on which no compiler specialises.
+
+    Compiled and on a GPU, it is also recorded as a CUDA graph, as engines are.
+    """
     run: Any = torch.compile(network, dynamic=False) if compiled else network
+    graphs = CudaGraphs()
 
     @torch.no_grad()
     def call(x: Tensor, t: float, y: Tensor) -> Tensor:
-        return run(x, torch.full((len(x),), float(t), device=x.device), y)
+        inputs = x, torch.full((len(x),), float(t), device=x.device), y
+        return graphs("dense", run, *inputs) if compiled and x.is_cuda else run(*inputs)
 
     return call

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +26,8 @@ def time_runs(
 ) -> WholeRun:
     """Sampling runs of the static backbone and of each engine side by side, step by step in turns.
 
-    Engines have nothing packed at first.
+    On a GPU run after run: to wait for it after every step would part what runs together, such as a step and
+    what is prepared for the next. Engines have nothing packed at first.
 
     Args:
         batch: images.
@@ -45,7 +47,8 @@ def time_runs(
     packs: dict[str, dict[str, int]] = {}
     for _ in range(settings.whole_rounds):
         before = {mode: _emptied(engine) for mode, engine in variants.engines.items()}
-        bar = tqdm(range(steps), desc=f"whole runs, batch {batch}", unit="step")
+        turns = [steps] if subject.device.type == "cuda" else [1] * steps
+        bar = tqdm(turns, desc=f"whole runs, batch {batch}", unit="turn")
         for name, time in _in_turns(runs, bar).items():
             ms[name].append(time)
         packs = {mode: _since(before[mode], engine) for mode, engine in variants.engines.items()}
@@ -77,14 +80,14 @@ class _Recorded:
             yield from self.subject.trajectory(call, self.batch)
 
 
-def _in_turns(runs: Mapping[str, Callable[[], Iterator[object]]], steps: Iterable[int]) -> dict[str, float]:
-    """Milliseconds of each run, step by step in turns: what the machine does meanwhile is shared by all."""
+def _in_turns(runs: Mapping[str, Callable[[], Iterator[object]]], turns: Iterable[int]) -> dict[str, float]:
+    """Milliseconds of each run, so many steps in a turn: what the machine does meanwhile is shared by all."""
     under_way = {name: run() for name, run in runs.items()}
     total = dict.fromkeys(runs, 0.0)
-    for step in steps:
-        for name in rotated(list(runs), step):
-            call = {name: partial(next, under_way[name])}
-            total[name] += measure_interleaved(call, rounds=1, warmup=0)[name][0]
+    for index, steps in enumerate(turns):
+        for name in rotated(list(runs), index):
+            call: Callable[[], object] = partial(deque, islice(under_way[name], steps), maxlen=0)
+            total[name] += measure_interleaved({name: call}, rounds=1, warmup=0)[name][0]
     return total
 
 

@@ -27,7 +27,7 @@ def processor_name(device: torch.device | str = "cpu") -> str:
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: of the GPU by torch's allocator, or of this whole process on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return _of_allocator("peak", device)
     # Of this program alone; getrusage also counts what its parent had when it was started.
     peak = _from_status("VmHWM")
     return _peak_by_rusage() if peak is None else peak
@@ -36,7 +36,7 @@ def peak_memory(device: torch.device) -> int:
 def held_memory(device: torch.device) -> int:
     """Bytes in use now; on a CPU whose system does not tell, the most so far."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return _of_allocator("current", device)
     held = _from_status("VmRSS")
     return _peak_by_rusage() if held is None else held
 
@@ -48,6 +48,11 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak resident set
+
+
+def _of_allocator(which: str, device: torch.device) -> int:
+    """Bytes in torch's allocator, those among them that were dropped but wait for another stream."""
+    return int(torch.cuda.memory_stats(device).get(f"active_bytes.all.{which}", 0))
 
 
 def _from_status(field: str) -> int | None:

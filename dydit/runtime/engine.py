@@ -170,7 +170,7 @@ class SubnetEngine(nn.Module):
 
     @property
     def records(self) -> bool:
-        """Whether timesteps are recorded as CUDA graphs; these stay until the engine is moved."""
+        """Whether timesteps are recorded as CUDA graphs, outside of autocast, until the engine is moved."""
         # Recordings read slices where they lie: none may be dropped.
         on_gpu = next(self.model.parameters()).is_cuda
         return self._compile and self.mode == "capacity" and on_gpu and self._packs.all_fit
@@ -225,10 +225,11 @@ class SubnetEngine(nn.Module):
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
         if self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
+            t = t if isinstance(t, Tensor) else float(t)  # 950 is 950.0
             inputs = (x, batch_timesteps(t, x), y.to(x.device))
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
-        self._packs.prepare_next(position, x.device)
-        return self._run_blocks(position, x, t, y)
+        with self._packs.preparing_next(position, x.device):
+            return self._run_blocks(position, x, t, y)
 
     def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_CAPTURING = threading.Lock()  # a process captures one at a time: a capture waits for the whole device first
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class CudaGraphs:
 
     The first call of a key runs as it is written, and does what happens once (compiling, packing); the second
     is recorded; from then on the recording runs. So what is called once pays for no recording. What else a
-    recording reads (the weights) must stay where it is. One call at a time runs: recordings share their
-    memory.
+    recording reads (the weights) must stay where it is: under autocast, which makes and drops copies of them,
+    nothing is recorded. What cannot be recorded (for lack of memory, or because it waits for the device) runs
+    as it is written, with a warning. One call at a time runs: recordings share their memory.
     """
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, _Recording | None] = {}  # None: called once so far
+        self._recordings: dict[Hashable, _Recording | None] = {}  # None: cannot be recorded
+        self._called: set[Hashable] = set()
         self._lock = threading.Lock()
         self._pool: Any = None
         self._stream: Any = None
@@ -36,44 +41,68 @@ class CudaGraphs:
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``function(*inputs)``, all on one GPU."""
-        full_key = (key, torch.is_autocast_enabled("cuda"), *((tuple(i.shape), i.dtype) for i in inputs))
+        if torch.is_autocast_enabled("cuda"):
+            return function(*inputs)
+        full_key = (key, *((tuple(i.shape), i.dtype) for i in inputs))
         with self._lock, torch.cuda.device(inputs[0].device):
+            if full_key not in self._called:
+                self._called.add(full_key)
+                return _as_recorded(function, *inputs)
             if full_key not in self._recordings:
-                self._recordings[full_key] = None
-                return function(*inputs)
+                self._recordings[full_key] = self._record(function, inputs)
             recording = self._recordings[full_key]
-            if recording is None:
-                recording = self._recordings[full_key] = self._record(function, inputs)
-            stream = torch.cuda.current_stream()
-            if self._last is not None:
-                stream.wait_event(self._last)  # which may have run on another stream
-            for held, given in zip(recording.inputs, inputs, strict=True):
-                held.copy_(given)
-            recording.graph.replay()
-            output = recording.output.clone()  # the next replay writes over it
-            self._last = stream.record_event()
-            return output
+            return _as_recorded(function, *inputs) if recording is None else self._replay(recording, inputs)
 
     def clear(self) -> None:
         """Forget every recording, when what they read has moved."""
         with self._lock:
+            if self._last is not None:
+                self._last.synchronize()
             self._recordings.clear()
+            self._called.clear()
             self._pool = self._stream = self._last = None
+
+    def _replay(self, recording: _Recording, inputs: tuple[Tensor, ...]) -> Tensor:
+        stream = torch.cuda.current_stream()
+        if self._last is not None:
+            stream.wait_event(self._last)  # which may have run on another stream
+        for held, given in zip(recording.inputs, inputs, strict=True):
+            held.copy_(given)
+        recording.graph.replay()
+        output = recording.output.clone()  # the next replay writes over it
+        self._last = stream.record_event()
+        return output
+
+    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recording | None:
+        try:
+            return self._capture(function, inputs)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"not recorded as a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
+            return None
 
     # Tensors made in inference mode could not be written to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recording:
+    def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recording:
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         held = tuple(i.clone() for i in inputs)
         main = torch.cuda.current_stream()
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            function(*held)  # the libraries set themselves up for a stream
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            output = function(*held)
+        # Left also where a capture fails to end, which leaves torch on its stream.
+        with _CAPTURING, torch.cuda.stream(self._stream):
+            self._stream.wait_stream(main)
+            function(*held)  # the libraries set themselves up for a stream
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = function(*held)
         main.wait_stream(self._stream)
         return _Recording(graph, held, output)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _as_recorded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call it in the modes in which it is captured: what is compiled now is what the capture takes."""
+    return function(*inputs)

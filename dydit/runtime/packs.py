@@ -152,23 +152,33 @@ class SchedulePacks:
                 sum(self._sizes.values()),
             )  # fmt: skip
 
-    def prepare_next(self, position: int, device: torch.device) -> None:
-        """Make the slices of the timestep after ``position``, on a GPU beside what it computes from now on.
+    @contextmanager
+    def preparing_next(self, position: int, device: torch.device) -> Iterator[None]:
+        """On a GPU, make the slices of the timestep after ``position`` beside what the ``with`` launches.
 
         On the CPU there is nothing beside. Nor is it done where two timesteps' slices do not fit the budget:
         it would push out what is still needed.
         """
-        if device.type != "cuda" or position + 1 == len(self._kinds[0].masks.numbers):
+        if device.type != "cuda" or not self._prepares_after(position):
+            yield
             return
-        if self.bytes_at(position, position + 1) > self._cache.budget:
-            return
-        if self._side is None:
-            self._side = torch.cuda.Stream(device)
-        self._side.wait_stream(torch.cuda.current_stream(device))  # the weights may be in the making
-        with torch.cuda.stream(self._side):
+        with self._lock:
+            side = self._side = self._side or torch.cuda.Stream(device)
+        before = torch.cuda.current_stream(device).record_event()
+        yield  # first, so that what is least recently used is not what this timestep needs
+        side.wait_event(before)  # the weights may have been in the making
+        with torch.cuda.stream(side):
             for block in range(len(self._blocks)):
                 with self.use(position + 1, block, counted=False):
                     pass
+        self._prepared.add(position)
+
+    def _prepares_after(self, position: int) -> bool:
+        if position + 1 == len(self._kinds[0].masks.numbers):
+            return False
+        if self.all_fit:
+            return position not in self._prepared  # what was made stays
+        return self.bytes_at(position, position + 1) <= self._cache.budget
 
     def bytes_at(self, *positions: int) -> int:
         """Memory of the slices of some timesteps together, those that they share once, each mask apart."""
@@ -183,6 +193,8 @@ class SchedulePacks:
     def _start(self, budget: float) -> None:
         """With nothing packed."""
         self._known: dict[tuple[int, int, int], Cut | View] = {}
+        self._prepared: set[int] = set()  # positions after which the next was
+        self._side = None  # the weights may go to another device
         self._cache.reset(budget)
 
     def _parts(self, position: int, block: int) -> tuple[list[Any], bool]:

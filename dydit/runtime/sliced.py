@@ -159,9 +159,12 @@ class SlicedBlock(nn.Module):
         _restart(workspace)
         rows, flat = kept if rows is None else rows, x.view(B * N, D)
         of_rows = Rows(rows, B, N, workspace)
-        tokens = of_rows.modulate(self._norm(_gather(flat, rows, workspace)), m.shift_mlp, m.scale_mlp)
+        gathered = _gather(flat, rows, workspace)
+        tokens = of_rows.modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp)
         update = of_rows.gate(self.sliced_mlp(packed, self._act, tokens, workspace), m.gate_mlp)
-        return _add_rows(flat, kept, update if rows is kept else update[: len(kept)]).view(B, N, D)
+        if rows is not kept:
+            gathered, update = gathered[: len(kept)], update[: len(kept)]
+        return _add_rows(flat, kept, gathered, update, workspace).view(B, N, D)
 
     def mlp_of_top(
         self,
@@ -181,7 +184,7 @@ class SlicedBlock(nn.Module):
         update = self.sliced_mlp(packed, self._act, tokens, workspace)
         if m.gate_mlp is not None:
             update = torch.mul(update, m.gate_mlp.unsqueeze(1), out=space(workspace, update, *update.shape))
-        return _add_rows(flat, rows, update.view(-1, D)).view(B, N, D)
+        return _add_rows(flat, rows, gathered.view(-1, D), update.view(-1, D), workspace).view(B, N, D)
 
     @property
     def _norm(self) -> nn.Module:
@@ -254,10 +257,19 @@ def _gather(x: Tensor, rows: Tensor, workspace: Workspace | None) -> Tensor:
     return torch.index_select(x, 0, rows, out=space(workspace, x, rows.shape[0], x.shape[1]))
 
 
-def _add_rows(flat: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    """flat (B·N, D) with ``update`` (K, D) added at ``rows`` (K,), each row once, in place."""
-    # Under autocast the residual stays float32 while the branch is half, and index_add wants one dtype.
-    return flat.index_add_(0, rows, update.to(flat.dtype))
+def _add_rows(
+    flat: Tensor, rows: Tensor, gathered: Tensor, update: Tensor, workspace: Workspace | None
+) -> Tensor:
+    """flat (B·N, D) with ``update`` (K, D) added at ``rows`` (K,), each row once, in place.
+
+    Args:
+        gathered: flat at ``rows``. In a workspace it may be written over since.
+    """
+    if workspace is not None:
+        return flat.index_add_(0, rows, update)
+    # Compiled, the sum is part of the kernel that stores it; index_add would add one value after another,
+    # atomically (float32), or in memory of its own (bfloat16). Under autocast it is float32, as the residual.
+    return flat.index_copy_(0, rows, (gathered + update).to(flat.dtype))
 
 
 @dataclass(frozen=True)

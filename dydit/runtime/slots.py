@@ -143,10 +143,16 @@ def _copy(copies: Sequence[tuple[Tensor, Tensor]], components: np.ndarray, slots
             for source, target in copies:
                 target[slot].copy_(_quick_to_copy(source[component]))
         return
-    # One kernel for all components; from pinned memory nothing waits for the indices.
-    where = torch.from_numpy(np.stack([components, slots])).pin_memory().to(device, non_blocking=True)
+    # One kernel for all components of one tensor; from pinned memory nothing waits for the indices. On a GPU
+    # each mask has slots of its own (``SchedulePacks``), which are filled once, from the first to the last.
+    where = torch.from_numpy(components).pin_memory().to(device, non_blocking=True)
+    _select(copies, where, int(slots[0]))
+
+
+def _select(copies: Sequence[tuple[Tensor, Tensor]], components: Tensor, first: int) -> None:
+    """Copy components of every source into the slots of its target from ``first`` on."""
     for source, target in copies:
-        target.index_copy_(0, where[1], source.index_select(0, where[0]))
+        torch.index_select(source, 0, components, out=target[first : first + len(components)])
 
 
 def _quick_to_copy(component: Tensor) -> Tensor:

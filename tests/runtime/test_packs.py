@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from core_builders import (
+    TIMESTEPS,
+    random_masks,
+    relative_error,
+    route_widths,
+    small_dydit,
+    small_inputs,
+)
 from cuda_stand_ins import stand_in_for_streams
 from torch import nn
 
@@ -113,43 +121,97 @@ def test_slots_go_before_others_take_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert budget / 2 < max(most) <= budget and engine.pack_statistics().evictions > 0
 
 
+def prepare_next(found: SchedulePacks, position: int, device: torch.device) -> None:
+    """Run a timestep, and prepare the next beside it."""
+    with found.preparing_next(position, device):
+        for block in range(2):
+            with found.use(position, block):
+                pass
+
+
 def test_on_the_cpu_nothing_is_prepared() -> None:
-    found = packs()
-    found.prepare_next(0, CPU)
-    assert found.statistics().misses == 0
+    found, alone = packs(), packs()
+    prepare_next(found, 0, CPU)
+    for block in range(2):
+        with alone.use(0, block):
+            pass
+    assert found.statistics() == alone.statistics()
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device whose streams do all work at once."""
+    """A device whose streams do all work at once; where not all fits, each mask has slots of its own."""
     stand_in_for_streams(monkeypatch)
+    measure = SchedulePacks.measure
+
+    def as_on_a_gpu(self: SchedulePacks) -> None:
+        measure(self)
+        self._one_for_all = False
+
+    monkeypatch.setattr(SchedulePacks, "measure", as_on_a_gpu)
     return torch.device("cuda")
 
 
 def test_the_next_timestep_is_prepared_beside_this_one(gpu: torch.device) -> None:
     found = packs(10**9)
-    for block in range(2):
-        with found.use(0, block):
-            pass
-    before = found.statistics()
-    found.prepare_next(0, gpu)
+    prepare_next(found, 0, gpu)
     prepared = found.statistics()
-    assert prepared.misses > before.misses and prepared.hits == before.hits
+    assert (prepared.misses, prepared.hits) == (4, 0)
     for block in range(2):
         with found.use(1, block):
             pass
     assert found.statistics().misses == prepared.misses
-    found.prepare_next(len(TIMESTEPS) - 1, gpu)  # nothing comes after the last
-    assert found.statistics().misses == prepared.misses
+
+
+def test_nothing_comes_after_the_last_timestep(gpu: torch.device) -> None:
+    found = packs(10**9)
+    prepare_next(found, len(TIMESTEPS) - 1, gpu)
+    assert found.statistics().misses == 2
 
 
 def test_what_two_timesteps_cannot_share_is_not_prepared(gpu: torch.device) -> None:
-    found = packs(packs(10**9).bytes_at(0, 1) - 1)
-    found.prepare_next(0, gpu)
-    assert found.statistics().misses == 0
-    enough = packs(packs(10**9).bytes_at(0, 1))
-    enough.prepare_next(0, gpu)
-    assert enough.statistics().misses > 0
+    needed = packs(10**9).bytes_at(0, 1)
+    found, enough = packs(needed - 1), packs(needed)
+    for tried in (found, enough):
+        prepare_next(tried, 0, gpu)
+    assert (found.statistics().misses, enough.statistics().misses) == (2, 4)
+
+
+def test_to_prepare_pushes_out_nothing_that_this_timestep_needs(gpu: torch.device) -> None:
+    """At a budget of two timesteps nothing is packed but by what prepares it."""
+    steps = [float(t) for t in range(950, 0, -100)]
+    model = small_dydit(mixed=False)
+    route_widths(model, steps, *random_masks(0, len(steps), model.shape))
+    blocks = model.adapter.blocks(model.backbone)
+    weights = [(model.adapter.attention(block), model.adapter.mlp(block)) for block in blocks]
+    schedule = SubnetSchedule.from_model(model, steps)
+    plenty = SchedulePacks(weights, schedule, 10**9)
+    found = SchedulePacks(weights, schedule, max(plenty.bytes_at(i, i + 1) for i in range(len(steps) - 1)))
+    assert not found.all_fit
+    for position in range(len(steps)):  # those of the first are views
+        before = found.statistics().copied
+        with found.preparing_next(position, gpu):
+            for block in range(len(blocks)):
+                with found.use(position, block):
+                    pass
+            assert found.statistics().copied == before
+    assert found.statistics().copied > 0 and found.statistics().evictions > 0
+
+
+def test_what_is_there_for_good_is_not_looked_for_again(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, looked_up = packs(10**9), list[tuple[int, int]]()
+    for position in range(len(TIMESTEPS)):
+        prepare_next(found, position, gpu)
+    parts = found._parts
+    monkeypatch.setattr(found, "_parts", lambda *key: looked_up.append(key) or parts(*key))
+    prepare_next(found, 0, gpu)
+    assert looked_up == [(0, 0), (0, 1)]
+    found.forget()
+    looked_up.clear()
+    prepare_next(found, 0, gpu)
+    assert looked_up == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_heads_and_groups_are_packed_once_per_mask_of_their_own() -> None:
@@ -218,3 +280,38 @@ def test_on_a_gpu_the_engine_computes_the_same(mode: Mode, compile: bool, budget
                 expected = model(x, torch.full((batch,), t, device="cuda"), y, **options)
                 assert relative_error(engine(x, t, y), expected) < 1e-4
     assert engine.records == (compile and mode == "capacity" and engine._packs.all_fit)
+    # What was recorded, whoever calls it: in inference mode, on another stream, under autocast (unrecorded).
+    (x, y), options = (tensor.cuda() for tensor in small_inputs(model.shape)), masked[0]
+    expected = model(x, torch.full((len(x),), TIMESTEPS[0], device="cuda"), y, **options)
+    with torch.inference_mode():
+        assert relative_error(engine(x, TIMESTEPS[0], y), expected) < 1e-4
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert relative_error(engine(x, TIMESTEPS[0], y), expected) < 1e-4
+    with torch.autocast("cuda", torch.bfloat16):
+        assert relative_error(engine(x, TIMESTEPS[0], y), expected) < 0.1
+    assert relative_error(engine(x, TIMESTEPS[0], y), expected) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and graphs are its own")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_threads_share_an_engine(compile: bool) -> None:
+    model = small_dydit().cuda()
+    capacities = np.full((len(TIMESTEPS), model.shape.depth), model.shape.tokens // 2)
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
+    alone, shared = (SubnetEngine(model, schedule, mode="capacity", compile=compile) for _ in range(2))
+    calls = [(seed, t) for seed in range(4) for t in TIMESTEPS] * 3
+
+    def run(engine: SubnetEngine, seed: int, t: float) -> torch.Tensor:
+        x, y = (tensor.cuda() for tensor in small_inputs(model.shape, seed=seed))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            output = engine(x, t, y)
+            torch.cuda.current_stream().synchronize()
+        return output
+
+    expected = [run(alone, *call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda call: run(shared, *call), calls))
+    for seen, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(seen, wanted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.adapters.dit import DiTAdapter
+from dydit.runtime import slots as slots_module
 from dydit.runtime.packing import PackedAttention, PackedMlp, group_bytes, head_bytes, tensors_of
 from dydit.runtime.slots import attention_slots, mlp_slots, slot_orders
 
@@ -134,6 +137,27 @@ def test_a_failed_copy_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, copied = slots.fill(np.array([1, 3]))
     assert isinstance(packed, PackedMlp) and copied == 2 * group_bytes(mlp, G)
     assert torch.equal(packed.fc2[0], mlp.fc2.weight.unflatten(1, (G, -1))[:, [1, 3]].flatten(1))
+
+
+def test_one_kernel_copies_what_a_loop_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, with the memory of the slots and of weights as they are."""
+    attention, mlp = parts()
+
+    def in_one(copies: Any, components: np.ndarray, places: np.ndarray) -> None:
+        assert places.tolist() == list(range(len(order)))
+        slots_module._select(copies, torch.from_numpy(components), 0)
+
+    order = np.array([3, 0, 2])
+    for make in (
+        partial(attention_slots, attention, 3),
+        partial(attention_slots, separate(attention), 3),
+        partial(mlp_slots, mlp, G, 3),
+    ):
+        expected, _ = make().fill(order)
+        with monkeypatch.context() as gpu:
+            gpu.setattr(slots_module, "_copy", in_one)
+            seen, _ = make().fill(order)
+        assert all(map(torch.equal, tensors_of(seen), tensors_of(expected)))
 
 
 def test_slots_made_in_inference_mode_are_filled_outside_of_it() -> None:
