@@ -1,7 +1,8 @@
-"""Writing files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and what tells that they are the ones written."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dydit.errors import OutputError
+
+_READ_BYTES = 1 << 20
 
 
 def write_file(path: str | Path, data: bytes | str) -> None:
@@ -64,6 +67,19 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_writable(folder: str | Path) -> None:

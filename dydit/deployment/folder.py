@@ -20,9 +20,8 @@ from dydit.deployment.programs import Programs, export_programs
 from dydit.deployment.slices import mask_slices
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
-from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
-from dydit.files import write_file
+from dydit.files import sha256_of, write_file
 from dydit.routing.gates import logit
 
 WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run.py", "programs"
@@ -31,7 +30,7 @@ WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run
 def write_deployment(
     folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
 ) -> Programs:
-    """Write the programs, the weights that they share, and what runs them, beside the schedule.
+    """Write the programs, the weights that they share, the schedule as the loader takes it, and the loader.
 
     Args:
         folder: that holds the saved schedule.
@@ -54,7 +53,7 @@ def write_deployment(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
     plan = _plan(model, schedule, programs, weights or WEIGHTS)
-    plan["sha256"] = {name: loader.sha256_of(folder / name) for name in (plan["weights"], TENSORS)}
+    plan["sha256"] = sha256_of(folder / plan["weights"])
     write_file(folder / PLAN, json.dumps(plan))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
@@ -105,8 +104,8 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
     blocks = []
     for block, stages in zip(model.adapter.blocks(model.backbone), programs.blocks, strict=True):
         attention, mlp = model.adapter.attention(block), model.adapter.mlp(block)
-        layers = {"qkv": [layer(part) for part in attention.qkv], "out": layer(attention.out)}
-        layers |= {"fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
+        layers = {f"qkv{part}": layer(linear) for part, linear in enumerate(attention.qkv)}
+        layers |= {"out": layer(attention.out), "fc1": layer(mlp.fc1), "fc2": layer(mlp.fc2)}
         blocks.append({"weights": stages, "layers": layers})
     return {
         "torch_version": torch.__version__,
@@ -119,5 +118,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         "programs": sorted(programs.programs),
         "ends": programs.ends,
         "blocks": blocks,
+        "rows": schedule.rows.tolist(),
+        "capacities": None if schedule.capacities is None else schedule.capacities.tolist(),
         "masks": mask_slices(schedule, model),
     }

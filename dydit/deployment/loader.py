@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,29 @@ from torch.export.passes import move_to_device_pass
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+PARTS = ("qkv", "out", "fc")  # layers of a block
 
 
-def refusal(seen: str, expected: str, remedy: str) -> ValueError:
-    """The error to raise."""
-    return ValueError(f"{seen}; expected {expected}; {remedy}")
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check(holds: bool, seen: str, expected: str, remedy: str) -> None:
+    """Refuse what does not hold."""
+    if not holds:
+        raise ValueError(f"{seen}; expected {expected}; {remedy}")
 
 
 def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Name -> tensor; of the file with that sha256, where one is given."""
-    if sha256 and (seen := sha256_of(path)) != sha256:
-        expected = f"{sha256[:12]}…, which the folder was written with"
-        raise refusal(f"{path} with sha256 {seen[:12]}…", expected, "copy the folder again, or export again")
-    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-    start = 8 + int.from_bytes(content[:8].tolist(), "little")  # length of the header, header, tensors
-    tensors = {}
-    for name, entry in json.loads(bytes(content[8:start].tolist())).items():
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if sha256:
+        seen = hashlib.sha256(content).hexdigest()
+        check(seen == sha256, f"{path} with sha256 {seen}", sha256, "copy the folder again, or export again")
+    start = 8 + int.from_bytes(content[:8], "little")  # length of the header, header, tensors
+    data, tensors = torch.frombuffer(content, dtype=torch.uint8)[start:], {}
+    for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__":
-            first, last = (start + offset for offset in entry["data_offsets"])
-            if last > len(content):
-                raise refusal(f"{path} ends within {name}", f"{last:,} bytes", "copy the folder again")
-            tensors[name] = content[first:last].clone().view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+            first, last = entry["data_offsets"]
+            check(last <= len(data), f"{path} ends within {name}", f"{start + last} bytes", "copy it again")
+            tensors[name] = data[first:last].clone().view(TYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
@@ -58,7 +52,7 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        verify: compare the sha256 of weights and schedule with those that were written.
+        verify: compare the sha256 of the weights with that of those that were written.
     """
 
     def __init__(
@@ -68,17 +62,12 @@ class Deployment:
         self.plan, self.compiled = json.loads((folder / "deployment.json").read_text()), compiled
         kind = torch.device(self.plan["device"]).type
         wanted = torch.device(device or kind)
-        if wanted.type == "cuda" and not torch.cuda.is_available():
-            raise refusal(f"device {wanted}", "one that torch finds here", 'give device="cpu"')
-        if compiled and wanted.type != kind:
-            remedy = f"leave out compiled=True, or export on a machine for {wanted.type}"
-            raise refusal(f"device {wanted} for programs compiled for {kind}", kind, remedy)
+        there = wanted.type != "cuda" or torch.cuda.is_available()
+        check(there, f"device {wanted}", "one that torch finds here", 'give device="cpu"')
+        fits, seen = wanted.type == kind or not compiled, f"device {wanted} for programs compiled for {kind}"
+        check(fits, seen, kind, f"leave out compiled=True, or export on a machine for {wanted.type}")
         self.device = torch.empty(0, device=wanted).device  # with its index
-        expected = self.plan["sha256"] if verify else {}
-        weights, self.schedule = (
-            read_safetensors(folder / name, expected.get(name))
-            for name in (self.plan["weights"], "schedule.safetensors")
-        )
+        weights = read_safetensors(folder / self.plan["weights"], self.plan["sha256"] if verify else None)
         self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
         self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
@@ -89,85 +78,64 @@ class Deployment:
 
         Of models that learn the variance too, that follows in C more channels.
         """
-        plan, step = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
-        dtype, latent, steps = plan["dtype"], plan["latent"], plan["timesteps"]
-        if (str(x.dtype), list(x.shape[1:])) != (dtype, latent):
-            remedy = "convert them, or export for these"
-            expected = f"{dtype}, (batch, {', '.join(map(str, latent))})"
-            raise refusal(f"latents of {x.dtype}, {tuple(x.shape)}", expected, remedy)
-        if step not in steps:
-            expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
-            remedy = "export again for the sampler and number of steps that you sample with"
-            raise refusal(f"timestep {t}", expected, remedy)
-        position, x, y = steps.index(step), x.to(self.device), y.to(self.device)
-        timesteps = torch.full((len(x),), float(t), device=self.device)
+        plan, t = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
+        dtype, sizes, steps = plan["dtype"], plan["latent"], plan["timesteps"]
+        fits, expected = [str(x.dtype), *x.shape[1:]] == [dtype, *sizes], f"{dtype}, batch × {sizes}"
+        check(fits, f"latents of {x.dtype}, {list(x.shape)}", expected, "convert them, or export for these")
+        expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
+        check(t in steps, f"timestep {t:g}", expected, "export again for the sampler that you sample with")
+        position, x, y = steps.index(t), x.to(self.device), y.to(self.device)
+        timesteps = torch.full((len(x),), t, device=self.device)
         tokens, cond = self._run(plan["ends"], "embed", x, timesteps, y)
-        for i in range(len(plan["blocks"])):
-            tokens = self._block(position, i, tokens, cond)
+        for i, block in enumerate(plan["blocks"]):
+            pack, weights = self._pack(i, plan["rows"][position][i]), block["weights"]
+            tokens, m, logits = self._run(weights, pack["attend"], tokens, cond, pack["qkv"], *pack["out"])
+            kept = None if logits is None else self._kept(logits, position, i)
+            if kept is None or len(kept) == logits.numel():
+                tokens = self._run(weights, pack["mlp_of_all"], tokens, m, *pack["fc"])
+            elif len(kept):
+                tokens = self._run(weights, pack["mlp_of_kept"], tokens, m, *pack["fc"], kept)
         return self._run(plan["ends"], "decode", tokens, cond)
 
-    def _block(self, position: int, i: int, tokens: Tensor, cond: Any) -> Tensor:
-        weights, row = self.plan["blocks"][i]["weights"], int(self.schedule["rows"][position, i])
-        pack = self._pack(i, row)
-        inputs = (tokens, cond, pack["qkv"], pack["out"])
-        tokens, modulation, logits = self._run(weights, pack["attend"], *inputs)
-        inputs, suffix = (tokens, modulation, pack["fc1"], pack["fc2"]), pack["mlp"]
-        kept = None if logits is None else self._kept(position, i, logits)
-        if kept is None or len(kept) == logits.numel():
-            return self._run(weights, "mlp_of_all" + suffix, *inputs)
-        return self._run(weights, "mlp_of_kept" + suffix, *inputs, kept) if len(kept) else tokens
+    def _run(self, weights: dict[str, list[str]], program: str, *inputs: Any) -> Any:
+        return self.programs[program]([self.weights[name] for name in weights[program]], *inputs)
 
-    def _kept(self, position: int, i: int, logits: Tensor) -> Tensor:
+    def _kept(self, logits: Tensor, position: int, i: int) -> Tensor:
         """Which tokens of the flattened batch enter the MLP."""
-        if "capacities" not in self.schedule:
+        if self.plan["capacities"] is None:
             return (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
-        (B, N), count = logits.shape, int(self.schedule["capacities"][position, i])
+        (B, N), count = logits.shape, self.plan["capacities"][position][i]
         top = logits.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
         return (top + N * torch.arange(B, device=self.device).unsqueeze(1)).flatten()
 
-    def _pack(self, i: int, row: int) -> Any:
-        """What the mask leaves on of a block's layers, made where its last call had another mask."""
+    def _pack(self, i: int, row: int) -> dict[str, Any]:
+        """What a mask leaves on of a block's layers, made where the block's last call had another mask."""
         pack = self.packs.get(i)
         if pack is None or pack["row"] != row:
             pack = self.packs[i] = None  # the old slices go before the new ones take memory
             pack = self.packs[i] = self._slices(i, row)
         return pack
 
-    def _slices(self, i: int, row: int) -> Any:
+    def _slices(self, i: int, row: int) -> dict[str, Any]:
         layers, mask = self.plan["blocks"][i]["layers"], self.plan["masks"][row]
-        return {
-            "row": row,
-            "attend": mask["attend"],
-            "mlp": mask["mlp"],
-            "qkv": [self._cut(layers["qkv"][layer], runs, 0) for layer, runs in mask["qkv"]],
-            "out": self._cut(layers["out"], mask["out"], 1),
-            "fc1": self._cut(layers["fc1"], mask["fc1"], 0) if mask["fc1"] else None,
-            "fc2": self._cut(layers["fc2"], mask["fc2"], 1),
-        }
+        cuts = {part: [cut and self._cut(*layers[cut[0]], *cut[1:]) for cut in mask[part]] for part in PARTS}
+        return {"row": row, **mask, **cuts}
 
-    def _cut(self, layer: list[str | None], runs: list[list[int]], dim: int) -> Any:
+    def _cut(self, weight: str, bias: str | None, dim: int, runs: list[list[int]]) -> Any:
         """Weight and bias of the rows (dim 0) or columns (dim 1) in ``runs``; views where they are one."""
 
-        def take(tensor: Tensor) -> Tensor:
-            parts = [tensor.narrow(dim, first, count) for first, count in runs]
+        def take(name: str) -> Tensor:
+            parts = [self.weights[name].narrow(dim, first, count) for first, count in runs]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-        weight, bias = (None if name is None else self.weights[name] for name in layer)
-        assert weight is not None
-        weight, bias = take(weight), bias if dim == 1 or bias is None else take(bias)
-        if self.compiled:  # generated code takes columns to lie as in a copy
-            weight = weight.contiguous()
-        return weight, bias
-
-    def _run(self, weights: dict[str, list[str]], program: str, *inputs: Any) -> Any:
-        return self.programs[program]([self.weights[name] for name in weights[program]], *inputs)
+        cut = take(weight).contiguous() if self.compiled else take(weight)  # compiled code takes them so
+        return cut, None if bias is None else take(bias) if dim == 0 else self.weights[bias]
 
     def _load(self, path: Path) -> Any:
         if self.compiled:
             path, index = path.with_name(f"{path.name}.compiled.pt2"), self.device.index
-            if not path.is_file():
-                remedy = "leave out compiled=True, or export with --aot-compile"
-                raise refusal(f"no {path}", "compiled programs", remedy)
+            remedy = "leave out compiled=True, or export with --aot-compile"
+            check(path.is_file(), f"no {path}", "compiled programs", remedy)
             return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
         program = torch.export.load(path.with_name(f"{path.name}.pt2"))
         if self.device != torch.device(self.plan["device"]):

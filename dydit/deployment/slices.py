@@ -31,10 +31,10 @@ def attention_program(heads: np.ndarray, fused: bool) -> str:
 
 
 def mask_slices(schedule: SubnetSchedule, model: DyDiT) -> list[dict[str, Any]]:
-    """Of each of the schedule's masks: the stages to run, and of each layer the runs of its rows or columns.
+    """Of each of the schedule's masks: the stages to run, and what to cut of each layer.
 
-    Those of q, k and v come with the number of their layer: three views of a fused layer, where the heads are
-    one run, else one copy.
+    A cut is [layer, 0 for rows or 1 for columns, runs of them]: for q, k and v three views of a fused layer,
+    where the heads are one run, else one copy.
     """
     shape, fused = model.shape, is_fused(model)
     H, d = shape.num_heads, shape.head_dim
@@ -43,19 +43,21 @@ def mask_slices(schedule: SubnetSchedule, model: DyDiT) -> list[dict[str, Any]]:
         of_heads, of_groups = runs_of(heads, d), runs_of(groups, shape.group_size)
         program = attention_program(heads, fused)
         if fused and program == "attend":
-            qkv = [(0, runs_of(np.tile(heads, 3), d))]
+            qkv = [["qkv0", 0, runs_of(np.tile(heads, 3), d)]]
         elif fused:
-            qkv = [(0, [[part * H * d + first, count] for first, count in of_heads]) for part in range(3)]
+            starts = [part * H * d for part in range(3)]
+            qkv = [["qkv0", 0, [[start + first, count] for first, count in of_heads]] for start in starts]
         else:
-            qkv = [(part, of_heads) for part in range(3)]
+            qkv = [[f"qkv{part}", 0, of_heads] for part in range(3)]
+        suffix = "" if groups.any() else "_without_groups"
         slices.append(
             {
                 "attend": program,
+                "mlp_of_all": f"mlp_of_all{suffix}",
+                "mlp_of_kept": f"mlp_of_kept{suffix}",
                 "qkv": qkv if heads.any() else [],
-                "out": of_heads,
-                "mlp": "" if groups.any() else "_without_groups",
-                "fc1": of_groups if groups.any() else None,
-                "fc2": of_groups,
+                "out": [["out", 1, of_heads]],
+                "fc": [["fc1", 0, of_groups] if groups.any() else None, ["fc2", 1, of_groups]],
             }
         )
     return slices

@@ -12,7 +12,7 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 from dydit.errors import DataError
-from dydit.files import write_file
+from dydit.files import sha256_of, write_file
 from dydit.latents.image_folder import Skipped
 from dydit.latents.manifest import CacheSettings, ShardEntry
 
@@ -25,7 +25,6 @@ _STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # safetensor
 
 # What safetensors raises over a file that is damaged, or gone.
 READ_ERRORS = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, IndexError)
-_READ_BYTES = 1 << 20
 
 
 def tensor_names(flip: bool) -> tuple[str, ...]:
@@ -72,18 +71,14 @@ def check_bytes(folder: Path, entry: ShardEntry) -> None:
         DataError: it is missing, shorter, longer or altered; names it.
     """
     path = folder / entry.name
-    digest = hashlib.sha256()
     try:
         size = path.stat().st_size
-        if size == entry.bytes:
-            with path.open("rb") as file:
-                while chunk := file.read(_READ_BYTES):
-                    digest.update(chunk)
+        sha256 = sha256_of(path) if size == entry.bytes else None
     except OSError as problem:
         raise _damaged(path, f"cannot be read ({problem.strerror})") from problem
     if size != entry.bytes:
         raise _damaged(path, f"has {size} bytes", f"{entry.bytes}, as its manifest says")
-    if digest.hexdigest() != entry.sha256:
+    if sha256 != entry.sha256:
         raise _damaged(path, "is not the file its manifest was written with")
 
 

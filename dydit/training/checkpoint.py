@@ -8,7 +8,6 @@ generator states and writes in place, so a kill during a save would leave a brok
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dydit.errors import CheckpointError, OutputError
-from dydit.files import new_folder, write_file
+from dydit.files import new_folder, sha256_of, write_file
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -32,7 +31,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_READ_BYTES = 1 << 20
 # What is written in a run folder, under the names that it has before it is whole.
 _SCRATCH = (
     f"{CHECKPOINTS}/.step-*", ".latest.*", ".config.yaml.*", ".metrics.jsonl.*", ".wandb_id.*", ".model.*",
@@ -135,7 +133,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"checkpoint {folder}: {name} {seen}", expected=f"{entry['bytes']} bytes", remedy=remedy
             )
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise CheckpointError(
                 f"checkpoint {folder}: {name} is corrupt",
                 expected=f"sha256 {entry['sha256'][:12]}…",
@@ -203,7 +201,7 @@ def _newest_intact(run: Path) -> Path | None:
 
 def identity(folder: Path) -> str:
     """Name and hash of an intact checkpoint, for people; equal only for copies of one."""
-    return f"{folder.name} ({_sha256(folder / MANIFEST)[:8]})"
+    return f"{folder.name} ({sha256_of(folder / MANIFEST)[:8]})"
 
 
 def leave_behind(run: Path, checkpoint: Path) -> list[int]:
@@ -276,16 +274,8 @@ def _discard(folder: Path) -> None:
 
 def _write_manifest(folder: Path, step: int) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
     text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
