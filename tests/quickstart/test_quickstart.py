@@ -17,7 +17,7 @@ from dydit.quickstart import measure, run, run_quickstart
 from dydit.quickstart.run import recipe
 from dydit.report.storage import load_summary
 
-STEPS = 6
+STEPS = 4
 SAMPLING = "name: ddim\n  steps: 20"
 
 
@@ -27,11 +27,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     config = tmp_path_factory.mktemp("recipe") / "digits.yaml"
     text = Path(find_path(run.CONFIG)).read_text()
     assert SAMPLING in text
-    config.write_text(text.replace(SAMPLING, "name: ddim\n  steps: 6"))
+    config.write_text(text.replace(SAMPLING, "name: ddim\n  steps: 5"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CONFIG", str(config))
         patch.setattr(measure, "BATCH", 10)
-        patch.setattr(measure, "QUALITY_SAMPLES", 100)
+        patch.setattr(measure, "QUALITY_SAMPLES", 40)
         patch.setattr(measure, "TIMING_ROUNDS", 2)
         runs = [tmp_path_factory.mktemp("quickstart") / name for name in ("first", "again")]
         for folder in runs:
