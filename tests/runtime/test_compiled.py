@@ -125,6 +125,19 @@ def test_generated_code_computes_the_same(mode: Mode) -> None:
     assert largest_error(*engines("adaln_zero", mode), STEPS[:2]) < 1e-5
 
 
+def test_half_precision_compiles_too(counter: Any) -> None:
+    """The same operations in the same precision, without a batch filled up."""
+    model, schedule = many_subnetworks()
+    fast, eager = (
+        SubnetEngine(model, schedule, dtype=torch.bfloat16, compile=compile) for compile in (True, False)
+    )
+    x, y = small_inputs(model.shape)
+    for t in STEPS[:2]:
+        seen, expected = fast(x.bfloat16(), t, y), eager(x.bfloat16(), t, y)
+        assert seen.dtype == torch.bfloat16 and relative_error(seen.float(), expected.float()) < 1e-2
+    assert counter.frame_count > 0
+
+
 def test_a_compiled_engine_is_counted_like_any_other() -> None:
     model, schedule = many_subnetworks()
     x, y = small_inputs(model.shape)
