@@ -8,6 +8,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gives
+# Tests of runs that are killed fork. A child can train only if autograd began its threads, of which a machine
+# without a GPU has none, before torch.compile made it believe in devices; whichever test comes first.
+torch.ones(1, requires_grad=True).backward()
 settings.register_profile(
     "default",
     deadline=None,

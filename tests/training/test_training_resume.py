@@ -161,6 +161,7 @@ def test_kill_9_from_outside(make_config: MakeConfig) -> None:
         finally:
             os._exit(0)
     while not (Path(cfg.output_dir) / "latest").exists():  # the first save has come through
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         os.sched_yield()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
