@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from dydit.benchmark.measure import time_calls
+from dydit.benchmark.measure import CALL_TIMESTEPS, time_calls
 from dydit.benchmark.order import spread
-from dydit.benchmark.settings import BenchSettings, CaseSettings
-from dydit.benchmark.subject import make_subject
+from dydit.benchmark.settings import BenchSettings, plan_cases
+from dydit.benchmark.subject import make_subject, preset_depth
 from dydit.benchmark.variants import dense, make_engine
 from dydit.compute.latency import paired_speedup
 from dydit.deployment.folder import compile_programs, write_deployment
 from dydit.deployment.loader import Deployment
+from dydit.evaluation.calls import Call, largest_difference
 
 
 def main() -> None:
@@ -42,10 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = BenchSettings(subject=options.preset, dtypes=(options.dtype,), depth=options.depth)
-    case = CaseSettings(dtype=options.dtype, batches=(1,), depth=options.depth, sample_size=32)
+    (case,) = plan_cases(settings, preset_depth(settings))
     subject = make_subject(settings, case)
     x, y = subject.noise_call(options.batch)
-    timesteps = spread(subject.schedule.timesteps, 3)
+    timesteps = spread(subject.schedule.timesteps, CALL_TIMESTEPS)
     networks: dict[str, Callable[..., Any]] = {
         "static": dense(subject.static, compiled=False),
         "engine": make_engine(subject, settings, "capacity"),
@@ -65,11 +66,11 @@ def main() -> None:
         1,
         f"{options.dtype}, batch {options.batch}",
     )
-    expected = {t: networks["engine"](x, t, y).float() for t in timesteps}
+    calls = [Call(x, t, y) for t in timesteps]
     static = [found.ms["static"] for found in rounds]
     for label, network in list(networks.items())[1:]:
         speed = paired_speedup(static, [found.ms[label] for found in rounds])
-        error = max(((network(x, t, y) - e).norm() / e.norm()).item() for t, e in expected.items())
+        error = largest_difference(network, networks["engine"], calls)
         print(
             f"{label}: {speed.median:.2f} times as fast as static ({speed.low:.2f} to {speed.high:.2f}); "
             f"relative difference to the engine {error:.1e}"

@@ -78,14 +78,13 @@ def _speedups(collection: Sequence[Benchmark]) -> Table:
     """Time of the static backbone over the engine's; rows of whole subjects alone, without sweeps."""
     rows = [
         (
-            found.settings["subject"], found.machine.name, case.dtype + compiled, str(case.batch), mode,
+            found.settings["subject"], found.machine.name,
+            f"{case.dtype}, compiled" if found.settings["compile"] else case.dtype, str(case.batch), mode,
             f"{case.speedup(mode).median:.2f}×",
             DASH if case.whole_run is None else f"{case.whole_run.speedup(mode).median:.2f}×",
             f"{case.ideal(mode):.2f}×",
         )
-        for found in collection if found.is_whole
-        for compiled in (", compiled" if found.settings["compile"] else "",)
-        for case in found.cases for mode in case.modes
+        for found in collection if found.is_whole for case in found.cases for mode in case.modes
     ]  # fmt: skip
     return Table(_SPEEDUP_HEADER, tuple(rows))
 

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -86,9 +85,14 @@ def _in_turns(runs: Mapping[str, Callable[[], Iterator[object]]], turns: Iterabl
     total = dict.fromkeys(runs, 0.0)
     for index, steps in enumerate(turns):
         for name in rotated(list(runs), index):
-            call: Callable[[], object] = partial(deque, islice(under_way[name], steps), maxlen=0)
-            total[name] += measure_interleaved({name: call}, rounds=1, warmup=0)[name][0]
+            call = {name: partial(_advance, under_way[name], steps)}
+            total[name] += measure_interleaved(call, rounds=1, warmup=0)[name][0]
     return total
+
+
+def _advance(run: Iterator[object], steps: int) -> None:
+    for _ in range(steps):
+        next(run)
 
 
 def _emptied(engine: SubnetEngine) -> dict[str, int]:

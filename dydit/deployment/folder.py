@@ -20,6 +20,7 @@ from dydit.deployment.programs import Programs, export_programs
 from dydit.deployment.slices import mask_slices
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
+from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import sha256_of, write_file
 from dydit.routing.gates import logit
@@ -30,7 +31,7 @@ WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run
 def write_deployment(
     folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
 ) -> Programs:
-    """Write the programs, the weights that they share, the schedule as the loader takes it, and the loader.
+    """Write the programs, the weights that they share, and what runs them, beside the schedule.
 
     Args:
         folder: that holds the saved schedule.
@@ -53,7 +54,7 @@ def write_deployment(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
     plan = _plan(model, schedule, programs, weights or WEIGHTS)
-    plan["sha256"] = sha256_of(folder / plan["weights"])
+    plan["sha256"] = {name: sha256_of(folder / name) for name in (plan["weights"], TENSORS)}
     write_file(folder / PLAN, json.dumps(plan))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
@@ -118,7 +119,5 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         "programs": sorted(programs.programs),
         "ends": programs.ends,
         "blocks": blocks,
-        "rows": schedule.rows.tolist(),
-        "capacities": None if schedule.capacities is None else schedule.capacities.tolist(),
         "masks": mask_slices(schedule, model),
     }

@@ -33,14 +33,16 @@ def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     if sha256:
-        seen = hashlib.sha256(content).hexdigest()
-        check(seen == sha256, f"{path} with sha256 {seen}", sha256, "copy the folder again, or export again")
+        seen, remedy = hashlib.sha256(content).hexdigest(), "copy the folder again, or export again"
+        expected = f"{sha256[:12]}…, which the folder was written with"
+        check(seen == sha256, f"{path} with sha256 {seen[:12]}…", expected, remedy)
     start = 8 + int.from_bytes(content[:8], "little")  # length of the header, header, tensors
     data, tensors = torch.frombuffer(content, dtype=torch.uint8)[start:], {}
     for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
-            check(last <= len(data), f"{path} ends within {name}", f"{start + last} bytes", "copy it again")
+            expected = f"{start + last:,} bytes"
+            check(last <= len(data), f"{path} ends within {name}", expected, "copy the folder again")
             tensors[name] = data[first:last].clone().view(TYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
@@ -52,7 +54,7 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        verify: compare the sha256 of the weights with that of those that were written.
+        verify: compare the sha256 of weights and schedule with those that were written.
     """
 
     def __init__(
@@ -67,7 +69,11 @@ class Deployment:
         fits, seen = wanted.type == kind or not compiled, f"device {wanted} for programs compiled for {kind}"
         check(fits, seen, kind, f"leave out compiled=True, or export on a machine for {wanted.type}")
         self.device = torch.empty(0, device=wanted).device  # with its index
-        weights = read_safetensors(folder / self.plan["weights"], self.plan["sha256"] if verify else None)
+        expected = self.plan["sha256"] if verify else {}
+        weights, self.schedule = (
+            read_safetensors(folder / name, expected.get(name))
+            for name in (self.plan["weights"], "schedule.safetensors")
+        )
         self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
         self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
@@ -80,15 +86,17 @@ class Deployment:
         """
         plan, t = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
         dtype, sizes, steps = plan["dtype"], plan["latent"], plan["timesteps"]
-        fits, expected = [str(x.dtype), *x.shape[1:]] == [dtype, *sizes], f"{dtype}, batch × {sizes}"
-        check(fits, f"latents of {x.dtype}, {list(x.shape)}", expected, "convert them, or export for these")
+        fits, expected = [str(x.dtype), *x.shape[1:]] == [dtype, *sizes], f"(batch, {str(sizes)[1:-1]})"
+        seen = f"latents of {x.dtype}, {tuple(x.shape)}"
+        check(fits, seen, f"{dtype}, {expected}", "convert them, or export for these")
         expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
-        check(t in steps, f"timestep {t:g}", expected, "export again for the sampler that you sample with")
+        remedy = "export again for the sampler and number of steps that you sample with"
+        check(t in steps, f"timestep {t}", expected, remedy)
         position, x, y = steps.index(t), x.to(self.device), y.to(self.device)
         timesteps = torch.full((len(x),), t, device=self.device)
         tokens, cond = self._run(plan["ends"], "embed", x, timesteps, y)
         for i, block in enumerate(plan["blocks"]):
-            pack, weights = self._pack(i, plan["rows"][position][i]), block["weights"]
+            pack, weights = self._pack(i, int(self.schedule["rows"][position, i])), block["weights"]
             tokens, m, logits = self._run(weights, pack["attend"], tokens, cond, pack["qkv"], *pack["out"])
             kept = None if logits is None else self._kept(logits, position, i)
             if kept is None or len(kept) == logits.numel():
@@ -102,9 +110,9 @@ class Deployment:
 
     def _kept(self, logits: Tensor, position: int, i: int) -> Tensor:
         """Which tokens of the flattened batch enter the MLP."""
-        if self.plan["capacities"] is None:
+        if "capacities" not in self.schedule:
             return (logits.flatten() > self.plan["token_logit"]).nonzero().squeeze(1)
-        (B, N), count = logits.shape, self.plan["capacities"][position][i]
+        (B, N), count = logits.shape, int(self.schedule["capacities"][position, i])
         top = logits.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
         return (top + N * torch.arange(B, device=self.device).unsqueeze(1)).flatten()
 

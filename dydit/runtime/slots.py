@@ -146,13 +146,13 @@ def _copy(copies: Sequence[tuple[Tensor, Tensor]], components: np.ndarray, slots
     # One kernel for all components of one tensor; from pinned memory nothing waits for the indices. On a GPU
     # each mask has slots of its own (``SchedulePacks``), which are filled once, from the first to the last.
     where = torch.from_numpy(components).pin_memory().to(device, non_blocking=True)
-    _select(copies, where, int(slots[0]))
+    _select(copies, where)
 
 
-def _select(copies: Sequence[tuple[Tensor, Tensor]], components: Tensor, first: int) -> None:
-    """Copy components of every source into the slots of its target from ``first`` on."""
+def _select(copies: Sequence[tuple[Tensor, Tensor]], components: Tensor) -> None:
+    """Copy components of every source into the first slots of its target."""
     for source, target in copies:
-        torch.index_select(source, 0, components, out=target[first : first + len(components)])
+        torch.index_select(source, 0, components, out=target[: len(components)])
 
 
 def _quick_to_copy(component: Tensor) -> Tensor:

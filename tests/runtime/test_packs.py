@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from cuda_stand_ins import stand_in_for_streams
 from torch import nn
 
 from dydit.config import DyDiTConfig
+from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime import cache
@@ -33,18 +35,24 @@ from dydit.runtime.packs import SchedulePacks
 CPU = torch.device("cpu")
 
 
-def packs(budget: int | None = None) -> SchedulePacks:
-    model = small_dydit()
+def packs(
+    budget: int | None = None, model: DyDiT | None = None, steps: Sequence[float] = TIMESTEPS
+) -> SchedulePacks:
+    model = model or small_dydit()
     blocks = model.adapter.blocks(model.backbone)
     weights = [(model.adapter.attention(block), model.adapter.mlp(block)) for block in blocks]
-    return SchedulePacks(weights, SubnetSchedule.from_model(model, TIMESTEPS), budget)
+    return SchedulePacks(weights, SubnetSchedule.from_model(model, steps), budget)
+
+
+def use(found: SchedulePacks, position: int) -> None:
+    for block in range(2):
+        with found.use(position, block):
+            pass
 
 
 def use_all(found: SchedulePacks) -> None:
     for position in range(len(TIMESTEPS)):
-        for block in range(2):
-            with found.use(position, block):
-                pass
+        use(found, position)
 
 
 def test_all_fit_says_whether_anything_will_be_dropped() -> None:
@@ -124,17 +132,13 @@ def test_slots_go_before_others_take_memory(monkeypatch: pytest.MonkeyPatch) -> 
 def prepare_next(found: SchedulePacks, position: int, device: torch.device) -> None:
     """Run a timestep, and prepare the next beside it."""
     with found.preparing_next(position, device):
-        for block in range(2):
-            with found.use(position, block):
-                pass
+        use(found, position)
 
 
 def test_on_the_cpu_nothing_is_prepared() -> None:
     found, alone = packs(), packs()
     prepare_next(found, 0, CPU)
-    for block in range(2):
-        with alone.use(0, block):
-            pass
+    use(alone, 0)
     assert found.statistics() == alone.statistics()
 
 
@@ -157,9 +161,7 @@ def test_the_next_timestep_is_prepared_beside_this_one(gpu: torch.device) -> Non
     prepare_next(found, 0, gpu)
     prepared = found.statistics()
     assert (prepared.misses, prepared.hits) == (4, 0)
-    for block in range(2):
-        with found.use(1, block):
-            pass
+    use(found, 1)
     assert found.statistics().misses == prepared.misses
 
 
@@ -182,18 +184,13 @@ def test_to_prepare_pushes_out_nothing_that_this_timestep_needs(gpu: torch.devic
     steps = [float(t) for t in range(950, 0, -100)]
     model = small_dydit(mixed=False)
     route_widths(model, steps, *random_masks(0, len(steps), model.shape))
-    blocks = model.adapter.blocks(model.backbone)
-    weights = [(model.adapter.attention(block), model.adapter.mlp(block)) for block in blocks]
-    schedule = SubnetSchedule.from_model(model, steps)
-    plenty = SchedulePacks(weights, schedule, 10**9)
-    found = SchedulePacks(weights, schedule, max(plenty.bytes_at(i, i + 1) for i in range(len(steps) - 1)))
+    plenty = packs(10**9, model, steps)
+    found = packs(max(plenty.bytes_at(i, i + 1) for i in range(len(steps) - 1)), model, steps)
     assert not found.all_fit
     for position in range(len(steps)):  # those of the first are views
         before = found.statistics().copied
         with found.preparing_next(position, gpu):
-            for block in range(len(blocks)):
-                with found.use(position, block):
-                    pass
+            use(found, position)
             assert found.statistics().copied == before
     assert found.statistics().copied > 0 and found.statistics().evictions > 0
 

@@ -145,7 +145,7 @@ def test_one_kernel_copies_what_a_loop_does(monkeypatch: pytest.MonkeyPatch) -> 
 
     def in_one(copies: Any, components: np.ndarray, places: np.ndarray) -> None:
         assert places.tolist() == list(range(len(order)))
-        slots_module._select(copies, torch.from_numpy(components), 0)
+        slots_module._select(copies, torch.from_numpy(components))
 
     order = np.array([3, 0, 2])
     for make in (
