@@ -84,6 +84,15 @@ def packing(dtype: torch.dtype, changed: int) -> Forms:
     )
 
 
+def columns(tokens: int, dtype: torch.dtype) -> Forms:
+    """fc2 of half of the groups as slots hold its columns, against transposed ones."""
+    fc1, fc2 = (nn.Linear(*sizes, dtype=dtype) for sizes in ((D, 4 * D), (4 * D, D)))
+    packed, _ = mlp_slots(MlpParts(fc1, nn.Identity(), fc2), GROUPS, GROUPS // 2).fill(np.arange(GROUPS // 2))
+    (weight, bias), x = packed.fc2, torch.randn(tokens, 2 * D, dtype=dtype)
+    transposed = weight.t().contiguous().t()
+    return lambda: F.linear(x, transposed, bias), lambda: F.linear(x, weight, bias)
+
+
 def cases() -> Iterator[tuple[str, Forms]]:
     """What is measured."""
     dtypes = {name: DTYPES[name] for name in ("fp32", "bf16")}
@@ -95,6 +104,8 @@ def cases() -> Iterator[tuple[str, Forms]]:
             yield f"fc1 and GELU, {tokens} tokens, {name}", product(tokens, 5 * D // 2, True, dtype)
         for tokens in (512, 2048):
             yield f"qkv, {tokens} tokens, {name}", product(tokens, 2 * D, False, dtype)
+    for name in ("bf16", "fp16"):
+        yield f"fc2 of 8 groups, 320 tokens, {name}", columns(320, DTYPES[name])
     for batch in (2, 8):
         for heads in (HEADS, HEADS // 2):
             yield f"attention, batch {batch}, {heads} heads, bf16", attention(batch, heads)

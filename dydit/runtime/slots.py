@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dydit.adapters.base import AttentionParts, MlpParts
+from dydit.processor import onednn_multiplies
 from dydit.runtime.packing import PackedAttention, PackedMlp, Weights, group_bytes, head_bytes, weights_of
 
 Packing = PackedAttention | PackedMlp
@@ -121,13 +122,17 @@ class _Columns:
     """Columns of a layer by component, transposed. The bias is the layer's own.
 
     So that a component is one piece of memory, and the distance from one row to the next is always the same:
-    oneDNN has, and keeps, a kernel for each distance.
+    oneDNN has, and keeps, a kernel for each distance. Not on a CPU without oneDNN's products of the dtype:
+    PyTorch's own take transposed weights 16 times as long (``tools/measure_products.py``).
     """
 
     def __init__(self, layer: Weights, components: int, capacity: int) -> None:
         weight, self._bias = layer
         source = weight.unflatten(1, (components, -1)).permute(1, 2, 0)  # (K, u, out)
-        self._target = weight.new_empty(capacity, *source.shape[1:])
+        if weight.device.type != "cpu" or onednn_multiplies(weight.dtype):
+            self._target = weight.new_empty(capacity, *source.shape[1:])
+        else:
+            self._target = weight.new_empty(len(weight), capacity, source.shape[1]).permute(1, 2, 0)
         self.copies = [(source, self._target)]
 
     def first(self, n: int) -> Weights:
