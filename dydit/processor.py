@@ -11,13 +11,13 @@ def has(capability: str) -> bool:
     return bool(capabilities.get(capability, False))
 
 
-def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of a dtype here: PyTorch knows, but has no public name for it."""
-    if dtype not in HALF:
-        return True
-    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, HALF[dtype])())
+def without_onednn() -> frozenset[torch.dtype]:
+    """Half precisions that oneDNN does not multiply here: PyTorch knows, but has no public name for it."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    there = torch.backends.mkldnn.is_available()
+    return frozenset(t for t, name in asked.items() if not (there and getattr(torch.ops.mkldnn, name)()))
 
 
-HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 HAS_AMX = has("amx_bf16")  # units that multiply bfloat16 matrices
 HAS_BF16 = has("avx512_bf16")  # instructions that multiply bfloat16 vectors
+WITHOUT_ONEDNN = without_onednn()  # asked once: it cannot be while something is traced

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dydit.processor import has, onednn_multiplies
+from dydit.processor import has, without_onednn
 
 
 @pytest.mark.parametrize(
@@ -21,11 +21,8 @@ def test_none_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> No
     assert not has("amx_bf16")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_onednn_pytorch_multiplies_half_precision_itself(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert onednn_multiplies(torch.float32)
-    assert isinstance(onednn_multiplies(dtype), bool)
+def test_half_precisions_that_onednn_multiplies_are_pytorchs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {torch.bfloat16, torch.float16}
+    assert without_onednn() <= half
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not onednn_multiplies(dtype) and onednn_multiplies(torch.float32)
+    assert without_onednn() == half

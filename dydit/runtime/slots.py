@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dydit.adapters.base import AttentionParts, MlpParts
-from dydit.processor import onednn_multiplies
+from dydit.processor import WITHOUT_ONEDNN
 from dydit.runtime.packing import PackedAttention, PackedMlp, Weights, group_bytes, head_bytes, weights_of
 
 Packing = PackedAttention | PackedMlp
@@ -129,10 +129,10 @@ class _Columns:
     def __init__(self, layer: Weights, components: int, capacity: int) -> None:
         weight, self._bias = layer
         source = weight.unflatten(1, (components, -1)).permute(1, 2, 0)  # (K, u, out)
-        if weight.device.type != "cpu" or onednn_multiplies(weight.dtype):
-            self._target = weight.new_empty(capacity, *source.shape[1:])
-        else:
+        if weight.device.type == "cpu" and weight.dtype in WITHOUT_ONEDNN:
             self._target = weight.new_empty(len(weight), capacity, source.shape[1]).permute(1, 2, 0)
+        else:
+            self._target = weight.new_empty(capacity, *source.shape[1:])
         self.copies = [(source, self._target)]
 
     def first(self, n: int) -> Weights:

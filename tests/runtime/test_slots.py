@@ -82,11 +82,11 @@ def test_groups_in_slots_are_those_of_the_mask(sequence: list[np.ndarray], rando
         assert packed.copied_bytes == len(order) * group_bytes(mlp, G)
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("without", [[], [torch.float32]])
 def test_columns_are_transposed_where_products_take_that(
-    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+    without: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots_module, "onednn_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(slots_module, "WITHOUT_ONEDNN", without)
     attention, mlp = parts()
     heads, _ = attention_slots(attention, H).fill(np.array([2, 0]))
     groups, _ = mlp_slots(mlp, G, G).fill(np.array([5, 0, 1]))
@@ -94,7 +94,7 @@ def test_columns_are_transposed_where_products_take_that(
     assert torch.equal(heads.out[0], attention.out.weight.unflatten(1, (H, -1))[:, [2, 0]].flatten(1))
     assert torch.equal(groups.fc2[0], mlp.fc2.weight.unflatten(1, (G, -1))[:, [5, 0, 1]].flatten(1))
     for weight, _ in (heads.out, groups.fc2):
-        assert weight.stride(0 if multiplies else 1) == 1
+        assert weight.stride(1 if without else 0) == 1
 
 
 @pytest.mark.parametrize("fused", [True, False])
