@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dydit.config import DyDiTConfig, SamplerConfig
-from dydit.deployment.folder import times_the_weights, write_deployment
+from dydit.deployment.folder import bytes_of, weight_bytes, write_deployment
 from dydit.diffusion import make_sampler
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
@@ -72,7 +72,7 @@ def deployed(model: DyDiT, schedule: SubnetSchedule) -> str:
         schedule.save(folder)
         programs = write_deployment(folder, model, schedule).programs
         size = sum(path.stat().st_size for path in folder.rglob("*.pt2"))
-        share = times_the_weights(folder, model)
+        share = bytes_of(folder) / weight_bytes(model)
     return (
         f"deployment: {len(programs)} programs of {size / 1e3:.0f} kB; "
         f"the folder is {share:.4f} times the weights"

@@ -113,17 +113,16 @@ def _deploy(
     dtype: DtypeChoice | None,
     compile: bool | None,
 ) -> str:
-    """Write the programs, and the weights where the ``saved`` model's will not do; say what was written."""
+    """Write the programs, and the weights where no model was ``saved``; say what was written."""
     import torch
 
-    from dydit.deployment.folder import compile_programs, compiler, times_the_weights, write_deployment
+    from dydit.deployment.folder import bytes_of, compile_programs, compiler, weight_bytes, write_deployment
     from dydit.models.checkpoints.sources import WEIGHTS
     from dydit.precision import DTYPES
 
-    own = next(network.parameters()).dtype
-    wanted_dtype = own if dtype is None else DTYPES[dtype.value]
-    file = f"{WEIGHTS}.safetensors"
-    shared = file if saved and wanted_dtype == own and (folder / file).is_file() else None  # not in shards
+    given = weight_bytes(network)
+    shared = sorted(path.name for path in folder.glob(f"{WEIGHTS}*.safetensors")) if saved else ()
+    wanted_dtype = None if dtype is None else DTYPES[dtype.value]
     torch.nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu", wanted_dtype)
     programs = write_deployment(folder, network, schedule, shared)
     wanted = compiler() is not None if compile is None else compile
@@ -131,7 +130,7 @@ def _deploy(
         compile_programs(folder, programs, progress=True)
     return (
         f"deployment: {len(programs.programs)} programs{', compiled too' if wanted else ''}; "
-        f"the folder is {times_the_weights(folder, network):.2f} times the weights"
+        f"the folder is {bytes_of(folder) / given:.2f} times the weights"
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run
 
 
 def write_deployment(
-    folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: str | None = None
+    folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: Sequence[str] = ()
 ) -> Programs:
     """Write the programs, the weights that they share, and what runs them, beside the schedule.
 
@@ -37,7 +38,8 @@ def write_deployment(
         folder: that holds the saved schedule.
         model: on the device and in the dtype to run in.
         schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
-        weights: safetensors file in the folder that holds the model's state; None: it is written here.
+        weights: safetensors files in the folder that hold the model's state, in whatever dtype; none: it is
+            written here.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -47,14 +49,15 @@ def write_deployment(
         (folder / PROGRAMS).mkdir()
         for name, program in programs.programs.items():
             torch.export.save(_bare(program), folder / PROGRAMS / f"{name}.pt2")
-        if weights is None:
+        if not weights:
             save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, to each writer
         raise OutputError(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
-    plan = _plan(model, schedule, programs, weights or WEIGHTS)
-    plan["sha256"] = {name: sha256_of(folder / name) for name in (plan["weights"], TENSORS)}
+    files = list(weights or (WEIGHTS,))
+    plan = {**_plan(model, schedule, programs), "weights": files}
+    plan["sha256"] = {name: sha256_of(folder / name) for name in (*files, TENSORS)}
     write_file(folder / PLAN, json.dumps(plan))
     write_file(folder / LOADER, Path(loader.__file__).read_text())
     return programs
@@ -67,10 +70,14 @@ def _bare(program: ExportedProgram) -> ExportedProgram:
     return bare
 
 
-def times_the_weights(folder: Path, model: DyDiT) -> float:
-    """Bytes of all files of a folder over those of the model's weights."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return size / sum(tensor.nbytes for tensor in model.state_dict().values())
+def bytes_of(folder: Path) -> int:
+    """Of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def weight_bytes(model: DyDiT) -> int:
+    """Of a model's state, which a folder is compared with."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def compiler() -> str | None:
@@ -95,7 +102,7 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
             ) from error
 
 
-def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: str) -> dict[str, Any]:
+def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:
     weight = next(model.parameters())
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -115,7 +122,6 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs, weights: s
         "latent": [model.shape.in_channels, *model.shape.sample_size],
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "token_logit": logit(schedule.routing.token_threshold),
-        "weights": weights,
         "programs": sorted(programs.programs),
         "ends": programs.ends,
         "blocks": blocks,

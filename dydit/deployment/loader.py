@@ -70,11 +70,10 @@ class Deployment:
         check(fits, seen, kind, f"leave out compiled=True, or export on a machine for {wanted.type}")
         self.device = torch.empty(0, device=wanted).device  # with its index
         expected = self.plan["sha256"] if verify else {}
-        weights, self.schedule = (
-            read_safetensors(folder / name, expected.get(name))
-            for name in (self.plan["weights"], "schedule.safetensors")
-        )
-        self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
+        names = *self.plan["weights"], "schedule.safetensors"
+        *files, self.schedule = (read_safetensors(folder / name, expected.get(name)) for name in names)
+        dtype = getattr(torch, self.plan["dtype"].removeprefix("torch."))
+        self.weights = {k: w.to(self.device, dtype) for file in files for k, w in file.items()}
         self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
 

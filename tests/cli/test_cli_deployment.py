@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ def run(saved: Path, out: Path, *options: str) -> int:
     return main(["export", str(saved), "--out", str(out), *EXPORT, *options])
 
 
-@pytest.mark.parametrize("options", [(), ("--capacity",), ("--aot-dtype", "bf16"), ("--order",)])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--capacity",), ("--aot-dtype", "bf16"), ("--order",), ("--order", "--aot-dtype", "bf16")],
+)
 def test_the_folder_runs_like_the_engine(saved: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     out = tmp_path / "out"
     assert run(saved, out, "--aot", "--no-aot-compile", *options) == 0
@@ -55,17 +59,33 @@ def test_the_folder_runs_like_the_engine(saved: Path, tmp_path: Path, options: t
         ((), "weights.safetensors"),
         (("--order",), "diffusion_pytorch_model.safetensors"),
         (("--with-weights",), "diffusion_pytorch_model.safetensors"),
-        (("--with-weights", "--aot-dtype", "bf16"), "weights.safetensors"),
+        (("--with-weights", "--aot-dtype", "bf16"), "diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_weights_are_in_the_folder_once_per_precision(
+def test_weights_are_in_the_folder_once(
     saved: Path, tmp_path: Path, options: tuple[str, ...], file: str
 ) -> None:
     out = tmp_path / "out"
     assert run(saved, out, "--aot", "--no-aot-compile", *options) == 0
-    assert json.loads((out / "deployment.json").read_text())["weights"] == file
-    own = {"diffusion_pytorch_model.safetensors"} if options else set()
-    assert {path.name for path in out.glob("*.safetensors")} == {"schedule.safetensors", file, *own}
+    assert json.loads((out / "deployment.json").read_text())["weights"] == [file]
+    assert {path.name for path in out.glob("*.safetensors")} == {"schedule.safetensors", file}
+
+
+def test_weights_in_shards_are_shared_too(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers saves a model of over 10 GB."""
+    in_shards = partialmethod(DyDiT.save_pretrained, max_shard_size="100KB")
+    monkeypatch.setattr(DyDiT, "save_pretrained", in_shards)
+    out = tmp_path / "out"
+    assert run(saved, out, "--aot", "--no-aot-compile", "--with-weights") == 0
+    files = {path.name for path in out.glob("*.safetensors")} - {"schedule.safetensors"}
+    assert set(json.loads((out / "deployment.json").read_text())["weights"]) == files
+    assert len(files) > 1 and "weights.safetensors" not in files
+    model: DyDiT = load_dydit(out)
+    schedule, (x, y) = SubnetSchedule.load(out), small_inputs(model.shape)
+    t = schedule.timesteps[0]
+    assert relative_error(Deployment(out)(x, t, y), SubnetEngine(model, schedule)(x, t, y)) < 1e-5
 
 
 @pytest.mark.parametrize("option", [("--aot-dtype", "bf16"), ("--aot-compile",), ("--no-aot-compile",)])
