@@ -26,6 +26,7 @@ _EXPECTED_TYPES = {
     "string_too_short": "text",
     "tuple_type": "a list",
     "missing": "a longer list",
+    "too_short": "a longer list",
     "model_type": "a mapping of settings",
     "model_attributes_type": "a mapping of settings",
 }
@@ -103,7 +104,9 @@ def _first_error(key: str, details: Sequence[ErrorDetails], known: Mapping[str, 
     meaning = _meaning(known.get(key))
     if detail["type"] == "missing":
         return ConfigError(f"{key} is missing", remedy=f"set {key}{meaning}")
-    expected = " or ".join(dict.fromkeys(_expectation(d) for d in about))
+    # A list that is too short for lack of good values is told by its values.
+    telling = [d for d in about if d["type"] != "too_short"] or about
+    expected = " or ".join(dict.fromkeys(_expectation(d) for d in telling))
     seen = f"{key or 'the configuration'} is {_shown(detail['input'])}"
     return ConfigError(seen, expected=expected, remedy=f"correct {key}{meaning}" if key else "")
 

@@ -84,7 +84,7 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
         ((*TINY, "--ratio", "0"), "ratio is 0.0"),
         ((*TINY, "--ratio", "0.01"), "always on"),
         ((*TINY, "--batch", "two"), "--batch is 'two'; expected whole numbers"),
-        ((*TINY, "--batch", "0"), "batches"),
+        ((*TINY, "--batch", "0"), "batches is 0; expected greater than or equal to 1; correct"),
         ((*TINY, "--batch", "2,2"), "each value once"),
         ((*TINY, "--dtype", "fp64"), "dtypes"),
         ((*TINY, "--mode", "fast"), "modes"),
