@@ -28,12 +28,13 @@ from dydit.shapes import CONDITIONINGS
 
 STEPS = [float(t) for t in range(950, 0, -80)]  # 12 timesteps
 
-# Half a minute each on a slow machine: of the other designs .ci/run has one mode.
-IN_CI = {"in_context": "exact", "cross_attention": "capacity", "adaln": "exact", "adaln_single": "capacity"}
+# Half a minute each on a slow machine: .ci/run has one mode of two other designs, and one of batches.
+IN_CI = {"in_context": "exact", "cross_attention": "capacity"}
+EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def marks(design: str, mode: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if IN_CI[design] == mode else [pytest.mark.slow, pytest.mark.exhaustive]
+    return [pytest.mark.slow] if IN_CI.get(design) == mode else EXHAUSTIVE
 
 
 DESIGNS = [
@@ -108,7 +109,7 @@ def test_few_graphs_for_many_subnetworks(counter: Any, conditioning: str, mode: 
     check_few_graphs(counter, *engines(conditioning, mode))
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
+@pytest.mark.parametrize("mode", [pytest.param("exact", marks=EXHAUSTIVE), "capacity"])
 def test_few_graphs_for_batches_of_any_size(counter: Any, mode: Mode) -> None:
     """One of a single sample takes as many graphs again, as a size of 1 is never symbolic."""
     fast, eager = engines("adaln_zero", mode)
