@@ -28,7 +28,7 @@ from dydit.shapes import CONDITIONINGS
 
 STEPS = [float(t) for t in range(950, 0, -80)]  # 12 timesteps
 
-# Half a minute each on a slow machine: .ci/run has one mode of two other designs, and one of batches.
+# Half a minute each on a slow machine: .ci/run has one mode of two other designs, and one of the rest.
 IN_CI = {"in_context": "exact", "cross_attention": "capacity"}
 EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 
@@ -122,7 +122,7 @@ def test_few_graphs_for_batches_of_any_size(counter: Any, mode: Mode) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("mode", [pytest.param("exact", marks=pytest.mark.exhaustive), "capacity"])
 def test_generated_code_computes_the_same(mode: Mode) -> None:
     torch._dynamo.reset()
     assert largest_error(*engines("adaln_zero", mode), STEPS[:2]) < 1e-5

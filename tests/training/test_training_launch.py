@@ -22,7 +22,8 @@ def launches() -> list[str]:
     return [line for line in lines if line.startswith(LAUNCHER)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+# DDP in two processes is also in test_training_distributed.py.
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
 def test_two_processes_on_cpus_train_as_one(tmp_path: Path, kind: str) -> None:
     (command,) = (line for line in launches() if f"{kind}.yaml" in line)
     both = f"train.steps=2 train.log_every=1 data.batch_size=4 output_dir={tmp_path / kind}"
