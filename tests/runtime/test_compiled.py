@@ -148,7 +148,7 @@ def test_a_compiled_engine_is_counted_like_any_other() -> None:
     assert calls[0].counted == calls[1].counted and calls[1].counted.total == calls[1].analytic.total
 
 
-@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("mode", [pytest.param("exact", marks=EXHAUSTIVE), "capacity"])
 def test_threads_share_a_compiled_engine(counter: Any, mode: Mode) -> None:
     """From the first call on, at which both compile."""
     fast, eager = engines("adaln_zero", mode)
