@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "ACCELERATE_USE_CPU=true accelerate launch"
 TIMEOUT_S = 300
-pytestmark = pytest.mark.slow
+# In .ci/run two processes are those of test_training_distributed.py.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def launches() -> list[str]:
@@ -22,8 +23,7 @@ def launches() -> list[str]:
     return [line for line in lines if line.startswith(LAUNCHER)]
 
 
-# DDP in two processes is also in test_training_distributed.py.
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_on_cpus_train_as_one(tmp_path: Path, kind: str) -> None:
     (command,) = (line for line in launches() if f"{kind}.yaml" in line)
     both = f"train.steps=2 train.log_every=1 data.batch_size=4 output_dir={tmp_path / kind}"
