@@ -91,7 +91,10 @@ class Deployment:
         expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
         remedy = "export again for the sampler and number of steps that you sample with"
         check(t in steps, f"timestep {t}", expected, remedy)
-        position, x, y = steps.index(t), x.to(self.device), y.to(self.device)
+        check(len(y) == len(x), f"{len(y)} labels for {len(x)} latents", "one each", "give as many of both")
+        # Compiled code takes its inputs' layout and dtype on trust.
+        position, x, y = steps.index(t), x.to(self.device).contiguous(), y.to(self.device).contiguous()
+        y = y if y.is_floating_point() else y.long()
         timesteps = torch.full((len(x),), t, device=self.device)
         tokens, cond = self._run(plan["ends"], "embed", x, timesteps, y)
         for i, block in enumerate(plan["blocks"]):
