@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dydit.benchmark.results import ALL_ON, MASKED, STATIC
 from dydit.benchmark.settings import BenchSettings
 from dydit.benchmark.subject import Subject
+from dydit.models.embeddings import batch_timesteps
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.graphs import CudaGraphs
 
@@ -71,7 +72,7 @@ def dense(network: nn.Module, compiled: bool) -> Callable[[Tensor, float, Tensor
 
     @torch.no_grad()
     def call(x: Tensor, t: float, y: Tensor) -> Tensor:
-        inputs = x, torch.full((len(x),), float(t), device=x.device), y
+        inputs = x, batch_timesteps(t, x), y
         return graphs("dense", run, *inputs) if compiled and x.is_cuda else run(*inputs)
 
     return call

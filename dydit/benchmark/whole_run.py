@@ -26,7 +26,7 @@ def time_runs(
     """Sampling runs of the static backbone and of each engine side by side, step by step in turns.
 
     On a GPU run after run: to wait for it after every step would part what runs together, such as a step and
-    what is prepared for the next. Engines have nothing packed at first.
+    what is prepared for the next. Engines have nothing packed at first, unless they record.
 
     Args:
         batch: images.
@@ -44,11 +44,11 @@ def time_runs(
             deque(run(), maxlen=0)
     ms: dict[str, list[float]] = {name: [] for name in runs}
     packs: dict[str, dict[str, int]] = {}
-    for _ in range(settings.whole_rounds):
+    for round_index in range(settings.whole_rounds):
         before = {mode: _emptied(engine) for mode, engine in variants.engines.items()}
         turns = [steps] if subject.device.type == "cuda" else [1] * steps
         bar = tqdm(turns, desc=f"whole runs, batch {batch}", unit="turn")
-        for name, time in _in_turns(runs, bar).items():
+        for name, time in _in_turns(runs, bar, round_index).items():
             ms[name].append(time)
         packs = {mode: _since(before[mode], engine) for mode, engine in variants.engines.items()}
     macs = {STATIC: len(calls) * static_macs}
@@ -79,11 +79,16 @@ class _Recorded:
             yield from self.subject.trajectory(call, self.batch)
 
 
-def _in_turns(runs: Mapping[str, Callable[[], Iterator[object]]], turns: Iterable[int]) -> dict[str, float]:
-    """Milliseconds of each run, so many steps in a turn: what the machine does meanwhile is shared by all."""
+def _in_turns(
+    runs: Mapping[str, Callable[[], Iterator[object]]], turns: Iterable[int], first: int
+) -> dict[str, float]:
+    """Milliseconds of each run, so many steps in a turn: what the machine does meanwhile is shared by all.
+
+    The run at ``first``, counted round and round, is the first of the first turn, the next one of the second.
+    """
     under_way = {name: run() for name, run in runs.items()}
     total = dict.fromkeys(runs, 0.0)
-    for index, steps in enumerate(turns):
+    for index, steps in enumerate(turns, first):
         for name in rotated(list(runs), index):
             call = {name: partial(_advance, under_way[name], steps)}
             total[name] += measure_interleaved(call, rounds=1, warmup=0)[name][0]

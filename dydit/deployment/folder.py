@@ -119,7 +119,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[st
         "torch_version": torch.__version__,
         "device": str(weight.device),
         "dtype": str(weight.dtype),
-        "latent": [model.shape.in_channels, *model.shape.sample_size],
+        "inputs": programs.inputs,
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "token_logit": logit(schedule.routing.token_threshold),
         "programs": sorted(programs.programs),

@@ -48,7 +48,7 @@ def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]
 
 
 class Deployment:
-    """A schedule's subnetworks. Several threads may call it.
+    """A schedule's subnetworks. Several threads may call it, on a GPU those of one stream.
 
     Args:
         folder: what ``dydit export --aot`` wrote.
@@ -79,23 +79,23 @@ class Deployment:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
-        """Predict the noise of latents x (B, C, height, width) of classes y at one of the timesteps.
+        """Predict the noise of latents x (B, C, height, width) of classes or texts y at one of the timesteps.
 
         Of models that learn the variance too, that follows in C more channels.
         """
         plan, t = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
-        dtype, sizes, steps = plan["dtype"], plan["latent"], plan["timesteps"]
-        fits, expected = [str(x.dtype), *x.shape[1:]] == [dtype, *sizes], f"(batch, {str(sizes)[1:-1]})"
-        seen = f"latents of {x.dtype}, {tuple(x.shape)}"
-        check(fits, seen, f"{dtype}, {expected}", "convert them, or export for these")
+        for given, (name, (dtype, *sizes)) in zip((x, y), plan["inputs"].items(), strict=True):
+            fits, seen = [str(given.dtype), *given.shape[1:]] == [dtype, *sizes], tuple(given.shape)
+            expected = f"{dtype}, (batch{''.join(f', {size}' for size in sizes)})"
+            check(fits, f"{name} of {given.dtype}, {seen}", expected, "convert them, or export for these")
+        check(len(y) == len(x), f"{len(y)} {name} for {len(x)} latents", "one each", "give as many of both")
+        steps = plan["timesteps"]
         expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
         remedy = "export again for the sampler and number of steps that you sample with"
         check(t in steps, f"timestep {t}", expected, remedy)
-        check(len(y) == len(x), f"{len(y)} labels for {len(x)} latents", "one each", "give as many of both")
-        # Compiled code takes its inputs' layout and dtype on trust.
+        # Contiguous, which compiled code takes on trust.
         position, x, y = steps.index(t), x.to(self.device).contiguous(), y.to(self.device).contiguous()
-        y = y if y.is_floating_point() else y.long()
-        timesteps = torch.full((len(x),), t, device=self.device)
+        timesteps = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
         tokens, cond = self._run(plan["ends"], "embed", x, timesteps, y)
         for i, block in enumerate(plan["blocks"]):
             pack, weights = self._pack(i, int(self.schedule["rows"][position, i])), block["weights"]

@@ -21,6 +21,7 @@ from dydit.deployment.slices import attention_program, is_fused
 from dydit.deployment.stages import Fields, Stage, Stages, used_weights
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
+from dydit.models.embeddings import batch_timesteps
 from dydit.runtime.packing import Weights
 
 _SAMPLES = 3  # of the example inputs: programs take any number
@@ -32,11 +33,13 @@ class Programs:
 
     Attributes:
         programs: by name of the stage.
+        inputs: dtype and sizes of one sample, by name, of what a call gives besides the timestep.
         ends: embed and decode -> names of the weights that those programs take first.
         blocks: of each block, stage -> names of the weights that its program takes first.
     """
 
     programs: dict[str, ExportedProgram] = field(default_factory=dict)
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
     ends: dict[str, list[str]] = field(default_factory=dict)
     blocks: list[dict[str, list[str]]] = field(default_factory=list)
 
@@ -63,6 +66,8 @@ class _Exporter:
     @torch.no_grad()
     def run(self) -> Programs:
         """Export them all."""
+        given = {"latents": self.x, "texts" if self.model.shape.takes_text else "labels": self.y}
+        self.result.inputs = {name: [str(one.dtype), *one.shape[1:]] for name, one in given.items()}
         inputs: tuple[Any, ...] = (self.x, self.t, self.y)
         cond = self.model.adapter.embed(self.model.backbone, *inputs)[1]
         stages = Stages(self.model, type(cond))
@@ -127,7 +132,7 @@ def _example(model: DyDiT, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timesteps and labels of a few samples."""
     shape, weight = model.shape, next(model.parameters())
     x = weight.new_zeros(_SAMPLES, shape.in_channels, *shape.sample_size)
-    t = torch.full((_SAMPLES,), timestep, device=x.device)
+    t = batch_timesteps(timestep, x)
     if shape.takes_text:
         return x, t, x.new_zeros(_SAMPLES, shape.context_length, shape.context_dim)
     return x, t, torch.zeros(_SAMPLES, dtype=torch.int64, device=x.device)

@@ -94,7 +94,7 @@ def batch_timesteps(t: Tensor | float, x: Tensor) -> Tensor:
         ShapeError: t is neither one number nor one per sample.
     """
     if not isinstance(t, Tensor):
-        return torch.full((x.shape[0],), t, device=x.device)
+        return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
     if t.ndim == 0:
         return t.to(x.device).expand(x.shape[0])
     check_per_sample("timesteps", t, x.shape[0])

@@ -6,7 +6,7 @@ symbolic sizes as soon as a second one is seen, so the number of graphs does not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import wraps
 from types import FunctionType
 from typing import Any
@@ -22,33 +22,50 @@ from dydit.runtime.sliced import SlicedBlock, Stages
 def compiled_stages() -> Stages:
     """Stages for the blocks of one engine; each is compiled when it is first called."""
     return Stages(
-        attend=_compiled(SlicedBlock.attend),
+        attend=_compiled(SlicedBlock.attend, lambda packed: (len(packed.qkv), packed.by_head)),
         mlp_of_all=_compiled(SlicedBlock.mlp_of_all),
         mlp_of_kept=_of_any_number(_compiled(SlicedBlock.mlp_of_kept)),
         mlp_of_top=_of_several(_compiled(SlicedBlock.mlp_of_top)),
     )
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage compiled with code objects of its own: one for batches of one sample, one for all others.
+def _compiled(
+    function: Callable[..., Any], form: Callable[[PackedBlock], Hashable] = lambda _: None
+) -> Callable[..., Any]:
+    """A stage compiled with code objects of its own, one for each of what no graph can share.
 
-    torch.compile keeps and limits its graphs per code object: those of other engines must not count here. A
-    size of 1 is never symbolic, so a batch of one sample takes graphs that no other can use; any other size
-    of a batch is symbolic from the first call on.
+    torch.compile keeps graphs per code object, and when there are 8 of them quietly goes on without. So those
+    of other engines must not count here, nor those of another dtype, mode or form. A size of 1 is never
+    symbolic, so neither those of a batch of one sample; any other size of a batch is symbolic from the first
+    call on.
+
+    Args:
+        form: what of the packed weights decides which operations there are.
     """
-    alone, together = (torch.compile(_twin(function)) for _ in range(2))
+    made: dict[Hashable, Callable[..., Any]] = {}
 
     @wraps(function)
-    def run(block: SlicedBlock, x: Tensor, of_batch: Conditioning | Modulation, *inputs: Any) -> Any:
-        if len(x) == 1:
-            return alone(block, x, of_batch, *inputs)
-        fields = of_batch if isinstance(of_batch, Modulation) else vars(of_batch).values()
-        for tensor in (x, *fields, *inputs):
-            if isinstance(tensor, Tensor) and len(tensor) == len(x):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return together(block, x, of_batch, *inputs)
+    def run(
+        block: SlicedBlock, x: Tensor, of_batch: Conditioning | Modulation, packed: PackedBlock, *inputs: Any
+    ) -> Any:
+        key = *_circumstances(x), form(packed)
+        if key not in made:
+            made.setdefault(key, torch.compile(_twin(function)))  # another thread's may be there
+        if len(x) > 1:
+            fields = of_batch if isinstance(of_batch, Modulation) else vars(of_batch).values()
+            for tensor in (x, *fields, *inputs):
+                if isinstance(tensor, Tensor) and len(tensor) == len(x):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return made[key](block, x, of_batch, packed, *inputs)
 
     return run
+
+
+def _circumstances(x: Tensor) -> tuple[Hashable, ...]:
+    """What a graph for tokens x (B, N, D) holds for, besides sizes."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return len(x) == 1, x.dtype, x.device, autocast, torch.is_inference_mode_enabled()
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,6 +19,7 @@ from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
 from dydit.models.dit import check_latent
 from dydit.models.embeddings import batch_timesteps, check_per_sample
+from dydit.precision import converted_copy
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.packs import PackStatistics, SchedulePacks
@@ -35,7 +35,8 @@ class SubnetEngine(nn.Module):
     """Runs the subnetworks of a schedule. Never multiplies by a mask.
 
     The weights are sliced when a subnetwork is first used, and kept under ``memory_budget``. Several threads
-    may call one engine. The model's weights must not change while an engine uses them.
+    may call one engine. The model's weights must not change while an engine uses them: ``load_state_dict``
+    is refused with a ``ScheduleError``.
 
     Args:
         model: the DyDiT that the schedule was exported from.
@@ -74,7 +75,7 @@ class SubnetEngine(nn.Module):
         if verify:
             _check_weights(model, schedule)
         if dtype is not None and dtype != next(model.parameters()).dtype:
-            model = nn.Module.to(copy.deepcopy(model), dtype)
+            model = converted_copy(model, dtype)
         self.model, self.schedule, self.shape, self.mode = model, schedule, schedule.shape, mode
         adapter = model.adapter
         blocks = adapter.blocks(model.backbone)
@@ -82,6 +83,7 @@ class SubnetEngine(nn.Module):
         self._packs = SchedulePacks(weights, schedule, memory_budget)
         self._compile, self._graphs, self._workspaces = compile, CudaGraphs(), Workspaces()
         self.blocks = nn.ModuleList(self._sliced_blocks(compiled_stages() if compile else STAGES))
+        self.register_load_state_dict_pre_hook(_take_no_weights)
 
     @property
     def null_label(self) -> int | Tensor | None:
@@ -133,7 +135,7 @@ class SubnetEngine(nn.Module):
         for step in sorted(set(steps)):
             position = self.schedule.index_of(step)
             rows = torch.tensor([i for i, s in enumerate(steps) if s == step], device=x.device)
-            part = self._run(position, x[rows], t[rows.to(t.device)], y[rows])
+            part = self._run(position, x[rows], t[rows.to(t.device)], y[rows], whole=False)
             output = part.new_empty(len(steps), *part.shape[1:]) if output is None else output
             output[rows] = part
         assert output is not None
@@ -175,18 +177,6 @@ class SubnetEngine(nn.Module):
         on_gpu = next(self.model.parameters()).is_cuda
         return self._compile and self.mode == "capacity" and on_gpu and self._packs.all_fit
 
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """An engine takes no weights: the schedule is that of the ones it has, of which slices were made.
-
-        Raises:
-            ScheduleError: always.
-        """
-        raise ScheduleError(
-            "weights for an engine that has some",
-            expected=f"those with sha256 {self.schedule.weights[:12]}…, which the schedule was exported from",
-            remedy="load them into the model, export, and make a new engine",
-        )
-
     def mac_scopes(self) -> dict[str, str]:
         """Name of each block in a MAC report -> the submodule whose call it is."""
         return {f"block {i}": f"blocks.{i}" for i in range(self.shape.depth)}
@@ -199,7 +189,8 @@ class SubnetEngine(nn.Module):
         """Move or convert the model (``.to``); what was packed and recorded is stale then.
 
         Raises:
-            ConfigError: the memory budget is smaller than one block in the new dtype.
+            ConfigError: the memory budget is smaller than one block in the new dtype, in which the model is
+                then: convert it back.
         """
         self._graphs.clear()
         self._workspaces.clear()
@@ -219,13 +210,17 @@ class SubnetEngine(nn.Module):
             raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
         if self.shape.takes_text and y.dtype != dtype:
             raise ShapeError(f"text of {y.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
-        if not self.shape.takes_text and (y.is_floating_point() or y.dtype == torch.bool):
-            raise ShapeError(f"labels of {y.dtype}", expected="whole numbers", remedy="use .long()")
+        if not self.shape.takes_text and y.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"labels of {y.dtype}", expected="int64 or int32", remedy="use .long()")
 
-    def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
-        """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it."""
-        if self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
-            t = t if isinstance(t, Tensor) else float(t)  # 950 is 950.0
+    def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor, whole: bool = True) -> Tensor:
+        """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it.
+
+        Args:
+            whole: whether it is the caller's batch. Of parts of one, which may have any size, no recordings
+                are made and kept.
+        """
+        if whole and self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
             inputs = (x, batch_timesteps(t, x), y.to(x.device))
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
         with self._packs.preparing_next(position, x.device):
@@ -279,6 +274,15 @@ def _check_mode(mode: str, schedule: SubnetSchedule) -> None:
             expected="the number of tokens per timestep and block, which mode capacity needs",
             remedy="export again with --capacity",
         )
+
+
+def _take_no_weights(engine: SubnetEngine, *_: Any) -> None:
+    """Refuse other weights: the schedule is that of the engine's own, of which slices were made."""
+    raise ScheduleError(
+        "weights for an engine that has some",
+        expected=f"those with sha256 {engine.schedule.weights[:12]}…, which the schedule was exported from",
+        remedy="load them into the model, export, and make a new engine",
+    )
 
 
 def _check_weights(model: DyDiT, schedule: SubnetSchedule) -> None:

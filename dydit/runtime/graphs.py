@@ -91,13 +91,17 @@ class CudaGraphs:
         main = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         # Left also where a capture fails to end, which leaves torch on its stream.
-        with _CAPTURING, torch.cuda.stream(self._stream):
-            self._stream.wait_stream(main)
-            function(*held)  # the libraries set themselves up for a stream
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                output = function(*held)
-        main.wait_stream(self._stream)
+        try:
+            with _CAPTURING, torch.cuda.stream(self._stream):
+                self._stream.wait_stream(main)
+                if self._last is not None:  # libraries' own memory for this stream is in the recordings
+                    self._stream.wait_event(self._last)
+                function(*held)  # the libraries set themselves up for a stream
+                # Other threads may allocate meanwhile.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    output = function(*held)
+        finally:
+            main.wait_stream(self._stream)  # before the inputs' memory is another's
         return _Recording(graph, held, output)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from dydit.config import RunConfig, dump_config
 from dydit.errors import CheckpointError, OutputError, TrainingError
 from dydit.files import check_writable, new_folder, write_file
 from dydit.models.fixed_positions import computed_left_out
+from dydit.precision import converted_copy
 from dydit.training.checkpoint import (
     CHECKPOINTS,
     Snapshot,
@@ -322,7 +322,7 @@ def export_model(model: Any, folder: Path, dtype: str = "float32") -> Path:
     """
     wanted = getattr(torch, dtype)
     if any(p.dtype != wanted for p in model.parameters()):
-        model = copy.deepcopy(model).to(wanted)
+        model = converted_copy(model, wanted)
     with new_folder(folder) as scratch, computed_left_out(model):
         model.save_pretrained(scratch)
     return folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dydit.benchmark.run import run_benchmark
 from dydit.benchmark.settings import BenchSettings, CaseSettings
 from dydit.benchmark.storage import JSON_NAME, load_benchmark
 from dydit.benchmark.subject import make_subject
+from dydit.benchmark.whole_run import _in_turns
 from dydit.costs import static_macs
 from dydit.errors import DyditError
 from dydit.models.dit import DiT
@@ -172,3 +175,17 @@ def test_a_process_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DyditError, match="memory of static ended with status 3: no room.*no-memory") as told:
         measure_memory(subject, settings, case)
     assert "\n" not in str(told.value)
+
+
+def test_whole_runs_take_turns_in_starting() -> None:
+    """Also where all steps are one turn."""
+    started: list[str] = []
+
+    def run(name: str) -> Iterator[None]:
+        started.append(name)
+        yield
+
+    runs = {name: partial(run, name) for name in ("static", "exact", "capacity")}
+    for round_index in range(3):
+        _in_turns(runs, [1], round_index)
+    assert started[::3] == ["static", "exact", "capacity"]

@@ -399,6 +399,36 @@ def test_other_latents_are_refused(written: Shipped) -> None:
             ValueError, match=r"latents of torch.float.*; expected torch.float32, \(batch, 3, 8, 8\); convert"
         ):
             found(wrong, STEPS[0], y)
+    with pytest.raises(ValueError, match=r"2 labels for 3 latents; expected one each; give as many of both"):
+        found(x, STEPS[0], y[:2])
+
+
+def test_other_conditions_are_refused(written: Shipped, tmp_path: Path) -> None:
+    found, (x, y) = Deployment(written.folder), small_inputs(written.model.shape)
+    for wrong in (y.int(), y.float(), y[:, None]):
+        with pytest.raises(
+            ValueError, match=r"labels of torch\..*; expected torch.int64, \(batch\); convert"
+        ):
+            found(x, STEPS[0], wrong)
+    model = small_dydit(0, mixed=False, conditioning="adaln_single")
+    found, (x, y) = deployed(tmp_path, model, routed(model, capacities=False)), small_inputs(model.shape)
+    for wrong in (y.double(), y[:, 1:], y[..., 1:]):
+        with pytest.raises(ValueError, match=r"texts of .*; expected torch.float32, \(batch, \d+, \d+\)"):
+            found(x, STEPS[0], wrong)
+
+
+def test_programs_take_contiguous_inputs(written: Shipped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled ones take that on trust, and would compute something else."""
+    found, (x, y) = Deployment(written.folder), small_inputs(written.model.shape)
+    expected, run = found(x, STEPS[1], y[:1].repeat(len(x))), found.programs["embed"]
+
+    def embed(weights: Any, *inputs: torch.Tensor) -> Any:
+        assert all(given.is_contiguous() for given in inputs)
+        return run(weights, *inputs)
+
+    monkeypatch.setitem(found.programs, "embed", embed)
+    strided = x.to(memory_format=torch.channels_last), STEPS[1], y[:1].expand(len(x))
+    assert torch.equal(found(*strided), expected)
 
 
 def test_a_timestep_outside_of_the_schedule_is_refused(written: Shipped) -> None:

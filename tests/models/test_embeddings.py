@@ -7,7 +7,12 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from dydit.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_position_embedding
+from dydit.models.embeddings import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    batch_timesteps,
+    sincos_position_embedding,
+)
 
 
 @pytest.mark.parametrize(("hidden_size", "side"), [(32, 4), (1152, 16)])
@@ -56,3 +61,15 @@ def test_timestep_embedding_takes_integers_and_follows_the_dtype() -> None:
 
 def test_the_label_table_ends_with_the_null_class() -> None:
     assert LabelEmbedder(10, 32).embedding_table.weight.shape == (11, 32)
+
+
+@pytest.mark.parametrize("t", [951, 950.75])
+def test_a_timestep_is_float32_whatever_torchs_default_is(t: float) -> None:
+    """bfloat16, in which loading code may leave it, has no 951."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = batch_timesteps(t, torch.zeros(2, 3))
+    finally:
+        torch.set_default_dtype(default)
+    assert found.dtype == torch.float32 and found.tolist() == [t, t]

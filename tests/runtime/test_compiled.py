@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
@@ -16,6 +18,7 @@ from core_builders import (
     small_dydit,
     small_inputs,
 )
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dydit.compute.engine import count_engine
@@ -54,16 +57,19 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
     return counting
 
 
-def many_subnetworks(conditioning: str = "adaln_zero", seed: int = 0) -> tuple[DyDiT, SubnetSchedule]:
+def many_subnetworks(
+    conditioning: str = "adaln_zero", seed: int = 0, always_on: bool = True
+) -> tuple[DyDiT, SubnetSchedule]:
     """A model whose blocks and timesteps have many widths, with capacities from none to all tokens."""
-    config = DyDiTConfig(mlp_groups=8, token_router_ratio=4)
+    config = DyDiTConfig(mlp_groups=8, token_router_ratio=4, always_on=always_on)
     model = small_dydit(seed, config, mixed=False, conditioning=conditioning, depth=3)
     rng = np.random.default_rng(seed)
     shape = model.shape
     open_share = rng.uniform(0, 1, (len(STEPS), shape.depth, 1))
     heads = rng.uniform(size=(len(STEPS), shape.depth, shape.num_heads)) < open_share
     groups = rng.uniform(size=(len(STEPS), shape.depth, shape.mlp_groups)) < open_share
-    heads[..., 0] = groups[..., 0] = True  # always on
+    if always_on:
+        heads[..., 0] = groups[..., 0] = True
     route_widths(model, STEPS, heads, groups)
     x, y = small_inputs(shape, batch=2)
     route_tokens(model, x, STEPS[0], y)
@@ -95,11 +101,13 @@ def engines(
 
 # At the limit torch.compile would quietly go on without compiling.
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def check_few_graphs(counter: Any, fast: SubnetEngine, eager: SubnetEngine, batch: int = 2) -> None:
+def check_few_graphs(
+    counter: Any, fast: SubnetEngine, eager: SubnetEngine, batch: int = 2, most: int = 14
+) -> None:
     before = counter.frame_count
     assert largest_error(fast, eager, batch=batch) < 1e-5
     first = counter.frame_count
-    assert 0 < first - before <= 14
+    assert 0 < first - before <= most
     assert largest_error(fast, eager, batch=batch) < 1e-5
     assert counter.frame_count == first  # a second run through the timesteps needs no further one
 
@@ -155,3 +163,36 @@ def test_threads_share_a_compiled_engine(counter: Any, mode: Mode) -> None:
     with ThreadPoolExecutor(2) as pool:
         errors = pool.map(lambda steps: largest_error(fast, eager, steps), (STEPS[:6], STEPS[5::-1]))
     assert max(errors) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_few_graphs_where_no_component_is_always_on(counter: Any) -> None:
+    """Attentions without a head, with q, k and v apart, in one layer, and in one by head."""
+    model, schedule = many_subnetworks(always_on=False)
+    fast, eager = (SubnetEngine(model, schedule, mode="capacity", compile=on) for on in (True, False))
+    check_few_graphs(counter, fast, eager, most=24)
+
+
+def test_what_no_graph_can_share_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dtypes and modes: torch.compile counts graphs by code object, and ends at 8."""
+    seen: dict[int, set[tuple[Any, ...]]] = {}
+
+    def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(block: Any, x: Tensor, *inputs: Any) -> Any:
+            modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+            seen.setdefault(id(function.__code__), set()).add((len(x) == 1, x.dtype, *modes))
+            return function(block, x, *inputs)
+
+        return run
+
+    monkeypatch.setattr(compiled.torch, "compile", compile)
+    model, schedule = many_subnetworks()
+    fast, eager = (SubnetEngine(model, schedule, mode="capacity", compile=on) for on in (True, False))
+    contexts = torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16), torch.no_grad
+    for dtype, context in product((torch.float32, torch.bfloat16), contexts):
+        x, y = small_inputs(model.shape)
+        with context():
+            for t in STEPS:
+                assert torch.equal(fast.to(dtype)(x.to(dtype), t, y), eager.to(dtype)(x.to(dtype), t, y))
+    assert len(seen) >= 6 * 4 and all(len(circumstances) == 1 for circumstances in seen.values())

@@ -117,8 +117,9 @@ def test_refuses_what_it_cannot_run() -> None:
         engine(x[..., :4], 20.0, y)
     with pytest.raises(DataError, match="label 11; expected 0 to 9, or 10 for the null class"):
         engine(x, 20.0, y + 1)
-    with pytest.raises(ShapeError, match=r"labels of torch\.float32; expected whole numbers"):
-        engine(x, 20.0, y.float())
+    for dtype in (torch.float32, torch.bool, torch.uint8, torch.int16):
+        with pytest.raises(ShapeError, match=rf"labels of {dtype}; expected int64 or int32; use \.long"):
+            engine(x, 20.0, y.to(dtype))
     for t in (20.0, torch.zeros(0)):
         with pytest.raises(ShapeError, match="a batch without samples; expected one at least"):
             engine(x[:0], t, y[:0])
@@ -137,8 +138,9 @@ def test_refuses_text_in_another_dtype() -> None:
 def test_takes_no_other_weights() -> None:
     model = small_dydit()
     engine = engine_of(model)
-    with pytest.raises(ScheduleError, match="weights for an engine that has some; .*make a new engine"):
-        engine.load_state_dict(small_dydit(1).state_dict())
+    for module in (engine, torch.nn.Sequential(engine)):  # alone, and within another module
+        with pytest.raises(ScheduleError, match="weights for an engine that has some; .*make a new engine"):
+            module.load_state_dict(module.state_dict())
 
 
 def test_a_budget_may_be_a_float() -> None:

@@ -206,3 +206,6 @@ def test_replayed_subnetworks_give_what_the_engine_does(
             assert torch.equal(engine(x, int(t) if seed == 1 else t, y), plain(x, t, y))
     recordings = engine._graphs._recordings.values()
     assert len(recordings) == len(STEPS) and all(recording is not None for recording in recordings)
+    rows = torch.tensor([0, 1, 1])[: len(x)]
+    engine(x, torch.tensor(STEPS)[rows], y)  # parts of a batch, of any size, are not recorded
+    assert len(engine._graphs._called) == len(STEPS)
