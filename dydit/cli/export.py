@@ -12,6 +12,8 @@ from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, St
 from dydit.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dydit.config import SamplerConfig
     from dydit.dynamic.dydit import DyDiT
     from dydit.export.calibration import Calibration
@@ -52,6 +54,12 @@ def export(
     calibration_seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the calibration set.", show_default="0")
     ] = None,
+    calibration_texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="safetensors file of encoded texts, for a model that takes text.", show_default=False
+        ),
+    ] = None,
     order: Annotated[
         bool,
         typer.Option("--order", help="Order heads and groups by use, so that most slices need no copy."),
@@ -82,20 +90,23 @@ def export(
         ("--capacity-multiple", capacity_multiple, "--capacity", capacity),
         ("--calibration-samples", calibration_samples, "--calibrate or --capacity", calibrate or capacity),
         ("--calibration-seed", calibration_seed, "--calibrate or --capacity", calibrate or capacity),
+        ("--calibration-texts", calibration_texts, "--calibrate or --capacity", calibrate or capacity),
     )
     _check_aot(aot, aot_dtype, aot_compile)
     from dydit.cli.models import open_dydit, sampler_defaults, trained_target
+    from dydit.export.texts import read_texts
     from dydit.files import check_writable, new_folder
 
     goal = _target(target, trained_target(model)) if calibrate else None
     settings = sampler_settings(sampler_defaults(model), sampler, steps, guidance_scale, guided_channels)
+    texts = read_texts(calibration_texts) if calibration_texts else None
     network = open_dydit(model)
     found = None
     if calibrate or capacity:
         check_writable(out.parent)  # before minutes of passes
         multiple = (capacity_multiple or 1) if capacity else None
         samples, seed = calibration_samples or 8, calibration_seed or 0
-        found = _calibrate(network, settings, goal, samples, seed, multiple)
+        found = _calibrate(network, settings, goal, samples, seed, multiple, texts)
     schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
         schedule.save(str(folder))
@@ -141,6 +152,7 @@ def _calibrate(
     samples: int,
     seed: int,
     capacity_multiple: int | None,
+    texts: Tensor | None,
 ) -> Calibration:
     """See ``dydit.export.calibration.calibrate``; on the GPU if there is one."""
     import torch
@@ -151,8 +163,9 @@ def _calibrate(
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     method = make_sampler(settings, network.shape.learn_sigma)
     return calibrate(
-        network, method, target, samples, seed, capacity_multiple=capacity_multiple, progress=True
-    )
+        network, method, target, samples, seed,
+        capacity_multiple=capacity_multiple, progress=True, texts=texts,
+    )  # fmt: skip
 
 
 def _read_off(

@@ -71,19 +71,19 @@ class Sampler:
             model: called as ``model(x, t, y)`` with t one Python number (int for diffusion, float
                 for flow), under ``no_grad``, on 2B samples (with labels, then without) if guided.
             noise: (B, C, H, W), standard normal; its dtype and device are those of the trajectory.
-            labels: (B,) int64, on the same device.
-            null_label: the model's class for "no label".
+            labels: (B,) int64, or texts (B, tokens, width), on the same device.
+            null_label: the model's class for "no label", or its tokens (tokens, width) for no text.
             generator: source of the noise that DDPM adds; the other samplers are deterministic.
 
         Raises:
             ShapeError: if labels do not fit the noise, or the model's output does not fit
                 ``learn_sigma``.
         """
-        if noise.ndim != 4 or labels.shape != noise.shape[:1]:
+        if noise.ndim != 4 or labels.shape[:1] != noise.shape[:1]:
             raise ShapeError(
                 f"noise of shape {tuple(noise.shape)} with labels of shape {tuple(labels.shape)}",
-                expected="(B, C, H, W) and (B,)",
-                remedy="give one label per sample",
+                expected="(B, C, H, W) and (B,), or of texts (B, tokens, width)",
+                remedy="give one label per sample, or one text",
             )
         return self._walk(model, noise, labels, null_label, generator)
 

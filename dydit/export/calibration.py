@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dydit.diffusion import Sampler
 from dydit.dynamic.dydit import DyDiT
@@ -91,6 +92,7 @@ def calibrate(
     tolerance: float = 0.01,
     capacity_multiple: int | None = None,
     progress: bool = False,
+    texts: Tensor | None = None,
 ) -> Calibration:
     """Set the model's thresholds so that sampling costs ``target`` of the static backbone.
 
@@ -105,15 +107,18 @@ def calibrate(
         tolerance: relative, of the ratio.
         capacity_multiple: also choose capacities, in multiples of this; None: no capacities.
         progress: show a bar for every pass that takes more than a second.
+        texts: (m, M, context_dim) in the place of labels, for a model that takes text; samples take one
+            after another, round and round.
 
     Raises:
-        ConfigError: a setting is out of range, or no thresholds reach the target.
+        ConfigError: a setting is out of range, no thresholds reach the target, or texts are missing.
+        ShapeError: texts of another width than the model's.
         ScheduleError: a router gives NaN; names it and its block.
     """
     _check_settings(target, tolerance)
     if capacity_multiple is not None:
         check_multiple(capacity_multiple, model.shape.tokens)
-    before, start = Thresholds.of(model), Start.draw(model, samples, seed)
+    before, start = Thresholds.of(model), Start.draw(model, samples, seed, texts)
     search = _Search(model, sampler, start, progress)
     try:
         first = recording = search.measure()

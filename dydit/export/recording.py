@@ -21,6 +21,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
 from dydit.export.logits import check_numbers, timestep_logits
 from dydit.export.thresholds import Thresholds
+from dydit.models.embeddings import check_texts
 from dydit.routing.gates import logit
 from dydit.shapes import ModelShape
 
@@ -31,7 +32,7 @@ class Start:
 
     Attributes:
         noise: (n, C, height, width).
-        labels: (n,); with guidance the sampler adds as many without a label.
+        labels: (n,), or texts (n, M, context_dim); with guidance the sampler adds as many without one.
         seed: of both, and of the noise that DDPM adds.
     """
 
@@ -40,24 +41,27 @@ class Start:
     seed: int
 
     @classmethod
-    def draw(cls, model: DyDiT, samples: int, seed: int) -> Start:
+    def draw(cls, model: DyDiT, samples: int, seed: int, texts: Tensor | None = None) -> Start:
         """Drawn on the CPU, so that every device starts from the same; on the model's device and dtype.
 
+        Args:
+            texts: (m, M, context_dim) for a model that takes text, one sample after another round and round.
+
         Raises:
-            ConfigError: no samples, or a model that takes text: there is none to draw.
+            ConfigError: no samples, no texts where the model takes some, or texts where it takes none.
+            ShapeError: texts of another width.
         """
-        shape = model.shape
+        shape, weight = model.shape, next(model.parameters())
         if samples < 1:
             raise ConfigError(f"{samples} calibration samples", expected="at least 1")
-        if shape.takes_text:
-            raise ConfigError(
-                "calibration of a model that takes text", expected="one that takes class labels"
-            )
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(samples, shape.in_channels, *shape.sample_size, generator=generator)
+        noise = torch.randn(samples, shape.in_channels, *shape.sample_size, generator=generator).to(weight)
+        if shape.takes_text:
+            return cls(noise, _texts_for(shape, texts, samples).to(weight), seed)
+        if texts is not None:
+            raise ConfigError("texts for a model that takes class labels", expected="none")
         labels = torch.randint(shape.num_classes, (samples,), generator=generator)
-        weight = next(model.parameters())
-        return cls(noise.to(weight), labels.to(weight.device), seed)
+        return cls(noise, labels.to(weight.device), seed)
 
     def walk(self, sampler: Sampler, model: Any, null_label: int | Tensor | None) -> Tensor:
         """The samples (n, C, height, width) that ``model(x, t, y)`` draws from here."""
@@ -65,9 +69,20 @@ class Start:
         return sampler.sample(model, self.noise, self.labels, null_label, generator)
 
 
+def _texts_for(shape: ModelShape, texts: Tensor | None, samples: int) -> Tensor:
+    if texts is None or not len(texts):
+        raise ConfigError(
+            "calibration of a model that takes text, without any",
+            expected="texts as its encoder gives them",
+            remedy="give some with --calibration-texts",
+        )
+    check_texts(texts, len(texts), shape.context_dim)
+    return texts[torch.arange(samples, device=texts.device) % len(texts)]
+
+
 @dataclass(frozen=True, eq=False)
 class ModelCall:
-    """One call of the model: latents x (B, C, height, width), timestep, labels y (B,), and what it returned.
+    """One call of the model: latents x (B, C, height, width), timestep, labels or texts y, and its output.
 
     With guidance B holds both halves. ``position`` is that of the timestep among the sampler's.
     """

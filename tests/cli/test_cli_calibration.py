@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from calibration_builders import routed_dydit
+from core_builders import small_inputs
+from safetensors.torch import load_file, save_file
 
 from dydit.cli.app import main
 from dydit.config import SamplerConfig
@@ -181,3 +183,32 @@ def test_a_runs_own_target(command: Any, finetune_yaml: Path, tmp_path: Path) ->
     found = manifest_of(tmp_path / "e")["calibration"]
     assert found["target"] == 0.9 and found["ratio"]["before"] > 1 > 0.91 > found["ratio"]["after"]
     assert "(target 0.9), threshold of width 0.5 -> 1 - " in outcome.out
+
+
+def test_texts_of_a_file(command: Any, tmp_path: Path) -> None:
+    model = routed_dydit(conditioning="adaln_single")
+    model.save_pretrained(tmp_path / "model")
+    texts, file = small_inputs(model.shape, batch=2)[1], tmp_path / "texts.safetensors"
+    words = ("export", tmp_path / "model", *SETTINGS, "--calibrate", "--target", 0.6, "--capacity")
+    out = "--out", tmp_path / "e"
+    for content, told in (
+        ({}, "holds nothing; expected one tensor (texts, tokens, width) of numbers; save what"),
+        ({"a": texts, "b": texts.clone()}, f"holds a {tuple(texts.shape)} torch.float32, b "),
+        ({"a": texts.long()}, "torch.int64; expected one tensor"),
+        ({"a": texts[0]}, "expected one tensor"),
+        (None, "cannot be read"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            save_file(content, file)
+        assert told in command(*words, "--calibration-texts", file, *out).error
+    assert "without any; expected texts" in command(*words, *out).error
+    assert not (tmp_path / "e").exists()
+    save_file({"encoded": texts}, file)
+    outcome = command(*words, "--calibration-texts", file, *out)
+    assert outcome.status == 0, outcome.err
+    found = manifest_of(tmp_path / "e")["calibration"]
+    assert found["ratio"]["after"] == pytest.approx(0.6, rel=0.01)
+    assert SubnetSchedule.load(tmp_path / "e").capacities is not None
+    told = command(*words[:-4], "--calibration-texts", file, *out).error
+    assert "--calibration-texts without --calibrate or --capacity" in told

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_builders import routed_dydit, sampler_of
+from core_builders import small_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +52,19 @@ def test_the_target_is_met(conditioning: str, name: str, guidance_scale: float) 
         assert record(model, sampler, start).ratio(found.after) == found.ratio_after
         assert (found.before, found.ratio_before) == (before, ratio)
         before, ratio = found.after, found.ratio_after
+
+
+def test_a_model_that_takes_text() -> None:
+    """Guided: half of each batch has the null text."""
+    model = routed_dydit(conditioning="adaln_single")
+    sampler, texts = sampler_of(model), small_inputs(model.shape, batch=3)[1]
+    found = calibrate(model, sampler, 0.55, samples=4, texts=texts, capacity_multiple=1)
+    assert found.ratio_after == pytest.approx(0.55, rel=0.01) != found.ratio_before
+    start = Start.draw(model, 4, 0, texts)
+    assert torch.equal(start.labels, texts[[0, 1, 2, 0]])
+    assert record(model, sampler, start).ratio(found.after) == found.ratio_after
+    other = Start.draw(model, 4, 0, small_inputs(model.shape, batch=3, seed=1)[1])
+    assert record(model, sampler, other).ratio(found.after) != found.ratio_after
 
 
 def test_the_engine_of_the_calibrated_model_executes_the_target() -> None:

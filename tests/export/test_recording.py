@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_builders import small_dydit
+from core_builders import small_dydit, small_inputs
 
 from dydit.compute.engine import count_engine
 from dydit.config import DyDiTConfig, SamplerConfig
 from dydit.costs import static_macs
 from dydit.diffusion import Sampler, make_sampler
 from dydit.dynamic.dydit import DyDiT
-from dydit.errors import ConfigError, ScheduleError
+from dydit.errors import ConfigError, ScheduleError, ShapeError
 from dydit.export.recording import Recording, Start, record
 from dydit.export.schedule import SubnetSchedule
 from dydit.export.thresholds import Thresholds
@@ -108,8 +108,17 @@ def test_nan_is_refused_naming_the_block(router: str) -> None:
 def test_nothing_to_record() -> None:
     with pytest.raises(ConfigError, match="0 calibration samples; expected at least 1"):
         Start.draw(small_dydit(), 0, seed=0)
-    with pytest.raises(ConfigError, match="a model that takes text"):
-        Start.draw(small_dydit(conditioning="adaln_single"), 2, seed=0)
+    text = small_dydit(conditioning="adaln_single")
+    texts = small_inputs(text.shape, batch=2)[1]
+    for none in (None, texts[:0]):
+        with pytest.raises(
+            ConfigError, match="takes text, without any; expected texts .* --calibration-texts"
+        ):
+            Start.draw(text, 2, 0, none)
+    with pytest.raises(ShapeError, match=r"text of shape \(2, .*; expected \(2, tokens, "):
+        Start.draw(text, 2, 0, texts[..., 1:])
+    with pytest.raises(ConfigError, match="texts for a model that takes class labels; expected none"):
+        Start.draw(small_dydit(), 2, 0, texts)
     without = small_dydit(config=DyDiTConfig(token_routing=False))
     kept = recorded(without, sampler_of(without)).kept_tokens(Thresholds(0.5, 0.5))
     assert (kept == without.shape.tokens).all()
