@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dydit.benchmark.results import STATIC, Memory
 from dydit.benchmark.settings import BenchSettings, CaseSettings
-from dydit.benchmark.subject import Subject, bare_model
+from dydit.benchmark.subject import Subject, bare_model, given_texts
 from dydit.benchmark.variants import dense, make_engine
 from dydit.compute.machine import held_memory, peak_memory, reset_peak_memory
 from dydit.config import SamplerConfig
@@ -105,7 +105,8 @@ def _network(
     model, plan = bare_model(settings, case), SubnetSchedule.load(folder)
     model.dynamic_blocks.load_state_dict(load_file(folder / ROUTERS))
     # Noise at every timestep, also for a trained model: how many tokens it keeps moves the peak by little.
-    subject = Subject(model, plan, SamplerConfig(**order["sampler"]), synthetic=True, seed=settings.seed)
+    sampler, texts = SamplerConfig(**order["sampler"]), given_texts(settings)
+    subject = Subject(model, plan, sampler, synthetic=True, seed=settings.seed, texts=texts)
     name = order["network"]
     network = dense(subject.static, False) if name == STATIC else make_engine(subject, settings, name)
     timesteps = plan.timesteps[:2] if name == STATIC else plan.timesteps  # a static call is like another

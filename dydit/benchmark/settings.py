@@ -39,6 +39,7 @@ class BenchSettings(Section):
     memory: bool = Field(default=True, description="measure peak memory in processes of their own")
     memory_budget: PositiveInt | None = Field(default=None, description="bytes; empty: the engine's default")
     schedule: str | None = Field(default=None, description="export folder of the model")
+    texts: str | None = Field(default=None, description="file of encoded texts, for a model that takes text")
     depth: PositiveInt | None = Field(default=None, description="blocks of a preset; empty: its own")
     sample_size: PositiveInt | None = Field(
         default=None, description="latent side of a preset; empty: 32, an image of 256 px"
@@ -69,6 +70,8 @@ class BenchSettings(Section):
                 raise ConfigError(
                     f"--schedule for preset {self.subject}", expected="the model that was exported"
                 )
+            if self.texts is not None:
+                raise ConfigError(f"--texts for preset {self.subject}", expected="a model that takes text")
         elif self.depth is not None or self.sample_size is not None or self.sweep in ("tokens", "depth"):
             raise ConfigError(
                 f"--depth, --sample-size, --sweep tokens or --sweep depth for {self.subject}",
@@ -85,8 +88,8 @@ class BenchSettings(Section):
     def command(self) -> str:
         """The command line that measures this again, options at their defaults left out."""
         words = ["dydit", "bench", self.subject]
-        for name in ("ratio", "depth", "sample_size", "schedule", "sampler", "guidance", "batches", "dtypes",
-                     "modes", "compile", "rounds", "whole_run", "whole_rounds", "sweep", "memory",
+        for name in ("ratio", "depth", "sample_size", "schedule", "texts", "sampler", "guidance", "batches",
+                     "dtypes", "modes", "compile", "rounds", "whole_run", "whole_rounds", "sweep", "memory",
                      "memory_budget", "device", "threads", "seed"):  # fmt: skip
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from dydit.diffusion import Denoiser, Sampler, make_sampler
 from dydit.diffusion.betas import linear_betas, signal_levels
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.loading import load_dydit
-from dydit.errors import ConfigError, ScheduleError
+from dydit.errors import ScheduleError
+from dydit.export.recording import Start
 from dydit.export.schedule import SubnetSchedule
+from dydit.export.texts import read_texts
 from dydit.models.dit import DiT
 from dydit.models.presets import preset_arguments
 from dydit.precision import DTYPES
@@ -43,6 +46,7 @@ class Subject:
         settings: of the sampler; the guidance scale says whether a call holds both halves.
         synthetic: whether the weights are random.
         seed: of the inputs.
+        texts: (m, M, context_dim), for a model that takes text.
     """
 
     model: DyDiT
@@ -50,6 +54,7 @@ class Subject:
     settings: SamplerConfig
     synthetic: bool
     seed: int
+    texts: Tensor | None = None
 
     @property
     def static(self) -> nn.Module:
@@ -86,12 +91,9 @@ class Subject:
         )
 
     def noise(self, images: int) -> tuple[Tensor, Tensor]:
-        """Noise (images, C, height, width) and labels (images,), the start of a sampling run."""
-        shape, weight = self.model.shape, next(self.model.parameters())
-        generator = torch.Generator().manual_seed(self.seed)
-        x = torch.randn(images, shape.in_channels, *shape.sample_size, generator=generator)
-        labels = torch.randint(shape.num_classes, (images,), generator=generator)
-        return x.to(weight.device, weight.dtype), labels.to(weight.device)
+        """Noise (images, C, height, width) and labels or texts, the start of a sampling run."""
+        start = Start.draw(self.model, images, self.seed, self.texts)
+        return start.noise, start.labels
 
     def trajectory(self, network: Denoiser, images: int) -> Iterator[tuple[float, Tensor]]:
         """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
@@ -116,12 +118,12 @@ class Subject:
         return dict.fromkeys(self.schedule.timesteps, self.noise_call(images))
 
     def noise_call(self, images: int) -> tuple[Tensor, Tensor]:
-        """Latents and labels of a call on noise, both halves of guidance where the sampler guides."""
+        """Latents and labels or texts of a call on noise, both halves where the sampler guides."""
         x, labels = self.noise(images)
         if not self.guided:
             return x, labels
-        null = torch.full_like(labels, self.model.shape.num_classes)
-        return torch.cat([x, x]), torch.cat([labels, null])
+        null = torch.as_tensor(self.model.null_label).to(labels)
+        return torch.cat([x, x]), torch.cat([labels, null.expand_as(labels)])
 
 
 def make_subject(settings: BenchSettings, case: CaseSettings) -> Subject:
@@ -150,6 +152,15 @@ def bare_model(settings: BenchSettings, case: CaseSettings, plan: SubnetSchedule
     return random_dydit(settings.subject, size, case.depth, settings.seed, dtype, device)
 
 
+def given_texts(settings: BenchSettings) -> Tensor | None:
+    """Texts of the settings' file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return None if settings.texts is None else read_texts(Path(settings.texts))
+
+
 def preset_depth(settings: BenchSettings) -> int | None:
     """Blocks of the preset; None for a model.
 
@@ -174,14 +185,14 @@ def _synthetic(settings: BenchSettings, case: CaseSettings) -> Subject:
 def _loaded(settings: BenchSettings, case: CaseSettings) -> Subject:
     given = None if settings.schedule is None else SubnetSchedule.load(settings.schedule)
     model = bare_model(settings, case, given)
-    if model.shape.takes_text:
-        raise ConfigError(f"{settings.subject} takes text", expected="a model of class labels")
+    texts = given_texts(settings)
     sampling = _sampler_settings(settings, given)
     timesteps = make_sampler(sampling, model.shape.learn_sigma).timesteps
     plan = given or SubnetSchedule.from_model(model, timesteps, sampling.model_dump())
     for timestep in timesteps:
         plan.index_of(timestep)  # a missing one is told before any work is done
-    subject = Subject(model, plan, sampling, synthetic=False, seed=settings.seed)
+    subject = Subject(model, plan, sampling, synthetic=False, seed=settings.seed, texts=texts)
+    subject.noise(1)  # missing texts, too
     if "capacity" in settings.modes and plan.capacities is None:
         return replace(subject, schedule=replace(plan, capacities=_mean_kept(subject)))
     return subject

@@ -78,6 +78,12 @@ def bench(
     schedule: Annotated[
         Path | None, typer.Option(help="Export folder of the model.", show_default=False)
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="safetensors file of encoded texts, for a model that takes text.", show_default=False
+        ),
+    ] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of a preset.", show_default=False)] = None,
     sample_size: Annotated[
         int | None, typer.Option(min=1, help="Latent side of a preset.", show_default="32")
@@ -107,7 +113,8 @@ def bench(
         "compile": compiled, "rounds": rounds, "whole_run": whole_run, "whole_rounds": whole_rounds,
         "sweep": None if sweep is None else sweep.value, "memory": memory,
         "memory_budget": parse_bytes("--memory-budget", memory_budget),
-        "schedule": None if schedule is None else str(schedule), "depth": depth, "sample_size": sample_size,
+        "schedule": None if schedule is None else str(schedule),
+        "texts": None if texts is None else str(texts), "depth": depth, "sample_size": sample_size,
         "sampler": None if sampler is None else sampler.value, "guidance": guidance, "threads": threads,
         "seed": seed,
     }  # fmt: skip

@@ -54,7 +54,7 @@ def export(
     calibration_seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the calibration set.", show_default="0")
     ] = None,
-    calibration_texts: Annotated[
+    texts: Annotated[
         Path | None,
         typer.Option(
             help="safetensors file of encoded texts, for a model that takes text.", show_default=False
@@ -90,7 +90,7 @@ def export(
         ("--capacity-multiple", capacity_multiple, "--capacity", capacity),
         ("--calibration-samples", calibration_samples, "--calibrate or --capacity", calibrate or capacity),
         ("--calibration-seed", calibration_seed, "--calibrate or --capacity", calibrate or capacity),
-        ("--calibration-texts", calibration_texts, "--calibrate or --capacity", calibrate or capacity),
+        ("--texts", texts, "--calibrate or --capacity", calibrate or capacity),
     )
     _check_aot(aot, aot_dtype, aot_compile)
     from dydit.cli.models import open_dydit, sampler_defaults, trained_target
@@ -99,14 +99,14 @@ def export(
 
     goal = _target(target, trained_target(model)) if calibrate else None
     settings = sampler_settings(sampler_defaults(model), sampler, steps, guidance_scale, guided_channels)
-    texts = read_texts(calibration_texts) if calibration_texts else None
+    encoded = read_texts(texts) if texts else None
     network = open_dydit(model)
     found = None
     if calibrate or capacity:
         check_writable(out.parent)  # before minutes of passes
         multiple = (capacity_multiple or 1) if capacity else None
         samples, seed = calibration_samples or 8, calibration_seed or 0
-        found = _calibrate(network, settings, goal, samples, seed, multiple, texts)
+        found = _calibrate(network, settings, goal, samples, seed, multiple, encoded)
     schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
         schedule.save(str(folder))

@@ -11,7 +11,7 @@ import typer
 from dydit.cli.execution import DtypeChoice, check_compiler, check_together
 from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
 from dydit.cli.sizes import parse_bytes
-from dydit.errors import CheckpointError, DataError, ScheduleError
+from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
 
 if TYPE_CHECKING:
     from dydit.latents.autoencoder import Autoencoder
@@ -97,6 +97,10 @@ def sample(
     defaults = sampler_defaults(model) if plan is None else exported_sampler(plan.sampler, schedule)
     settings = sampler_settings(defaults, sampler, steps, guidance_scale, guided_channels)
     network: Any = open_model(model) if plan is None else open_dydit(model)
+    if network.shape.takes_text:
+        raise ConfigError(
+            f"{model} takes text", expected="a model of class labels", remedy="sample in Python: make_sampler"
+        )
     check_labels(classes, network.shape.num_classes)
     autoencoder = None if vae is None else open_autoencoder(vae, network.shape.in_channels)
     method = make_sampler(settings, network.shape.learn_sigma)

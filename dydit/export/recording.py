@@ -72,9 +72,9 @@ class Start:
 def _texts_for(shape: ModelShape, texts: Tensor | None, samples: int) -> Tensor:
     if texts is None or not len(texts):
         raise ConfigError(
-            "calibration of a model that takes text, without any",
+            "a model that takes text, without any",
             expected="texts as its encoder gives them",
-            remedy="give some with --calibration-texts",
+            remedy="give some with --texts",
         )
     check_texts(texts, len(texts), shape.context_dim)
     return texts[torch.arange(samples, device=texts.device) % len(texts)]

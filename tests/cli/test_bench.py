@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calibration_builders import routed_dydit
+from core_builders import small_inputs
+from safetensors.torch import save_file
 
 from dydit.cli.sizes import parse_bytes
 from dydit.errors import ConfigError
@@ -76,6 +79,31 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
     assert case["rows"] == 1
 
 
+def test_a_model_that_takes_text(command: Any, tmp_path: Path) -> None:
+    model, texts = routed_dydit(conditioning="adaln_single"), tmp_path / "texts.safetensors"
+    model.save_pretrained(tmp_path / "model")
+    save_file({"texts": small_inputs(model.shape, batch=2)[1]}, texts)
+    words = (
+        tmp_path / "model",
+        "--rounds",
+        "1",
+        "--mode",
+        "capacity",
+        "--guidance",
+        *ONE,
+        "--whole-run",
+        "2",
+    )
+    (case,) = bench(command, tmp_path / "bench", *words, "--texts", texts)["cases"]
+    assert case["macs"]["capacity"] < case["macs"]["static"] and case["rows"] == 2
+    assert case["memory"]["peaks"]["capacity"] > 0
+    told = command("bench", *words, "--out", tmp_path / "other").error
+    assert "a model that takes text, without any; expected texts as its encoder gives them" in told
+    told = command("sample", tmp_path / "model", "--labels", "0", "--out", tmp_path / "other").error
+    assert "takes text; expected a model of class labels" in told
+    assert not (tmp_path / "other" / "bench.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -92,6 +120,7 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
         ((*TINY, "--memory-budget", "1KB"), "memory budget of 1000 bytes"),
         ((*TINY, "--memory-budget", "1KB", "--memory"), "memory budget of 1000 bytes"),
         ((*TINY, "--schedule", "x"), "--schedule for preset DiT-S/2"),
+        ((*TINY, "--texts", "x"), "--texts for preset DiT-S/2; expected a model that takes text"),
         (("DiT-S/2", "--sample-size", "7"), "patch_size 2 does not divide"),
         ((*TINY, "--whole-run", "2000"), "2000"),
         ((*TINY, "--whole-rounds", "2"), "--whole-rounds 2 without --whole-run; add --whole-run"),

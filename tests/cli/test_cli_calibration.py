@@ -201,14 +201,14 @@ def test_texts_of_a_file(command: Any, tmp_path: Path) -> None:
         file.unlink(missing_ok=True)
         if content is not None:
             save_file(content, file)
-        assert told in command(*words, "--calibration-texts", file, *out).error
+        assert told in command(*words, "--texts", file, *out).error
     assert "without any; expected texts" in command(*words, *out).error
     assert not (tmp_path / "e").exists()
     save_file({"encoded": texts}, file)
-    outcome = command(*words, "--calibration-texts", file, *out)
+    outcome = command(*words, "--texts", file, *out)
     assert outcome.status == 0, outcome.err
     found = manifest_of(tmp_path / "e")["calibration"]
     assert found["ratio"]["after"] == pytest.approx(0.6, rel=0.01)
     assert SubnetSchedule.load(tmp_path / "e").capacities is not None
-    told = command(*words[:-4], "--calibration-texts", file, *out).error
-    assert "--calibration-texts without --calibrate or --capacity" in told
+    told = command(*words[:-4], "--texts", file, *out).error
+    assert "--texts without --calibrate or --capacity" in told

@@ -111,9 +111,7 @@ def test_nothing_to_record() -> None:
     text = small_dydit(conditioning="adaln_single")
     texts = small_inputs(text.shape, batch=2)[1]
     for none in (None, texts[:0]):
-        with pytest.raises(
-            ConfigError, match="takes text, without any; expected texts .* --calibration-texts"
-        ):
+        with pytest.raises(ConfigError, match="takes text, without any; expected texts .* --texts"):
             Start.draw(text, 2, 0, none)
     with pytest.raises(ShapeError, match=r"text of shape \(2, .*; expected \(2, tokens, "):
         Start.draw(text, 2, 0, texts[..., 1:])
