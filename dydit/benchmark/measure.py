@@ -23,6 +23,7 @@ from dydit.compute.latency import measure_interleaved
 from dydit.compute.on_meta import count_on_meta, like
 from dydit.compute.table import MacTable
 from dydit.errors import DyditError
+from dydit.export.capacity import relative_difference
 from dydit.runtime.engine import SubnetEngine
 
 CALL_TIMESTEPS = 3  # timesteps whose calls are timed; each is another set of subnetworks
@@ -150,17 +151,27 @@ def _executed(
     """
     with recording_kept(engine) as (call, kept):
         outputs = [call(x, t, y) for t, (x, y) in inputs.items()]
+        _check_numbers(engine, outputs)
         counts = kept()
     tables = [engine_table(timed, t, count) for t, count in zip(inputs, counts, strict=True)]
     return outputs, tables, float(np.mean(counts)) / engine.shape.tokens
+
+
+def _check_numbers(engine: SubnetEngine, outputs: Sequence[Tensor]) -> None:
+    if not all(output.isfinite().all() for output in outputs):
+        raise DyditError(
+            f"outputs of mode {engine.mode} in {outputs[0].dtype} that are not finite",
+            expected="numbers",
+            remedy="measure in another --dtype",
+        )
 
 
 def _difference(outputs: Mapping[str, Sequence[Tensor]]) -> float | None:
     """‖capacity − exact‖ / ‖exact‖, mean over the calls; None where only one mode ran."""
     if len(outputs) < 2:
         return None
-    pairs = zip(outputs["exact"], outputs["capacity"], strict=True)
-    return float(np.mean([((b.float() - a.float()).norm() / a.float().norm()).item() for a, b in pairs]))
+    pairs = zip(outputs["capacity"], outputs["exact"], strict=True)
+    return float(np.mean([relative_difference(capacity, exact).item() for capacity, exact in pairs]))
 
 
 def _call(network: Any, x: Tensor, t: float, y: Tensor) -> Callable[[], Any]:

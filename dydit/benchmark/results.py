@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from typing_extensions import Self
 
+from dydit.benchmark.settings import BenchSettings, Dtype
 from dydit.compute.latency import Spread
 
 STATIC, MASKED, ALL_ON = "static", "masked", "all_on"
@@ -47,7 +49,7 @@ class Round(_Frozen):
     """One timed call of each network, at one timestep: milliseconds in the order in which they ran."""
 
     timestep: float
-    ms: dict[str, float]
+    ms: dict[str, PositiveFloat]
 
 
 class Memory(_Frozen):
@@ -113,7 +115,7 @@ class Case(_Frozen):
         view_share: share of (timestep, block) pairs that need no packing.
     """
 
-    dtype: str
+    dtype: Dtype
     batch: int
     rows: int
     sample_size: tuple[int, int]
@@ -123,7 +125,7 @@ class Case(_Frozen):
     macs: dict[str, tuple[int, ...]]
     counted: dict[str, int]
     kept: dict[str, float]
-    rounds: tuple[Round, ...]
+    rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
     subnetworks: tuple[int, ...]
     view_share: float
     capacity_difference: float | None = None
@@ -143,21 +145,37 @@ class Case(_Frozen):
         """Median of a network's calls; None where it was not measured."""
         return float(np.median(self.times(name))) if name in self.rounds[0].ms else None
 
+    def time_ratio(self, name: str) -> Spread | None:
+        """A network's time over the static one's; None where it was not measured.
+
+        Of the same round: median and quartiles at each timestep, and of these the mean over the timesteps, as
+        the static network takes the same time at each.
+        """
+        if name not in self.rounds[0].ms:
+            return None
+        at: dict[float, list[float]] = {}
+        for entry in self.rounds:
+            at.setdefault(entry.timestep, []).append(entry.ms[name] / entry.ms[STATIC])
+        return Spread.mean([Spread.of(np.asarray(ratios)) for ratios in at.values()])
+
     def speedup(self, mode: str) -> Spread:
-        """Static over engine, round by round."""
-        return Spread.of(self.times(STATIC) / self.times(mode))
+        """Static time over an engine's."""
+        ratio = self.time_ratio(mode)
+        assert ratio is not None
+        return ratio.inverse()
 
     def ideal(self, mode: str) -> float:
-        """Static over engine in MACs, mean over the rounds as they were timed."""
-        return float(np.mean(self._ideals(mode)))
+        """Static MACs over an engine's, of all timesteps that were timed."""
+        timed = {entry.timestep for entry in self.rounds}
+        static, engine = (
+            sum(macs for t, macs in zip(self.timesteps, self.macs[name], strict=True) if t in timed)
+            for name in (STATIC, mode)
+        )
+        return static / engine
 
     def share(self, mode: str) -> Spread:
-        """Measured speed-up over the ideal one, round by round: each timestep has an ideal of its own."""
-        return Spread.of(self.times(STATIC) / self.times(mode) / self._ideals(mode))
-
-    def time_ratio(self, name: str) -> Spread | None:
-        """A network's time over the static one's, round by round; None where it was not measured."""
-        return Spread.of(self.times(name) / self.times(STATIC)) if name in self.rounds[0].ms else None
+        """Measured speed-up over the ideal one."""
+        return self.speedup(mode).over(self.ideal(mode))
 
     def derived(self) -> dict[str, Any]:
         """Every figure that is computed from the measured ones, as plain values."""
@@ -184,11 +202,16 @@ class Case(_Frozen):
             },
         }  # fmt: skip
 
-    def _ideals(self, mode: str) -> np.ndarray:
-        """Ideal speed-up (R,) at each round's timestep."""
-        at = {t: i for i, t in enumerate(self.timesteps)}
-        static, engine = self.macs[STATIC], self.macs[mode]
-        return np.asarray([static[at[r.timestep]] / engine[at[r.timestep]] for r in self.rounds])
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        names = [set(entry.ms) for entry in self.rounds]
+        if any(other != names[0] for other in names) or not {STATIC, *self.modes} <= names[0]:
+            raise ValueError("rounds of other networks than the first, or without some")
+        if not {entry.timestep for entry in self.rounds} <= set(self.timesteps):
+            raise ValueError("rounds at other timesteps than the case's")
+        if {len(self.timesteps)} != {len(macs) for macs in self.macs.values()}:
+            raise ValueError("MACs of other timesteps than the case's")
+        return self
 
 
 class Benchmark(_Frozen):
@@ -207,6 +230,11 @@ class Benchmark(_Frozen):
     started: str
     finished: str | None = None
     cases: tuple[Case, ...] = ()
+
+    @field_validator("settings")
+    @classmethod
+    def _are_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return BenchSettings(**settings).model_dump(mode="json")
 
     @property
     def is_whole(self) -> bool:

@@ -33,10 +33,13 @@ def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
     check_folder(out)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
+    machine = _machine(settings.device)
+    if machine.threads != machine.cores:  # as the environment says, which the command shall say too
+        settings = settings.model_copy(update={"threads": machine.threads})
     found = Benchmark(
-        command=settings.command,
+        command=settings.command + _other_device(settings),
         settings=settings.model_dump(mode="json"),
-        machine=_machine(settings.device),
+        machine=machine,
         started=_now(),
     )
 
@@ -53,6 +56,11 @@ def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
     found = found.model_copy(update={"finished": _now()})
     save_benchmark(found, out)
     return found
+
+
+def _other_device(settings: BenchSettings) -> str:
+    """The option that keeps the command from taking this machine's GPU."""
+    return " --device cpu" if settings.device == "cpu" and torch.cuda.is_available() else ""
 
 
 def _measure(settings: BenchSettings, case: CaseSettings, save: Callable[[Case], None]) -> None:

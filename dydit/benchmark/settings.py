@@ -143,4 +143,4 @@ def _option(name: str, value: Any) -> list[str]:
         return [option if value else f"--no-{option[2:]}"]
     if isinstance(value, tuple):
         return [option, ",".join(map(str, value))]
-    return [option, f"{value:g}" if isinstance(value, float) else str(value)]
+    return [option, str(value)]

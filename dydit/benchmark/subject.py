@@ -22,7 +22,7 @@ from dydit.diffusion import Denoiser, Sampler, make_sampler
 from dydit.diffusion.betas import linear_betas, signal_levels
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.loading import load_dydit
-from dydit.errors import ScheduleError
+from dydit.errors import ConfigError, ScheduleError
 from dydit.export.recording import Start
 from dydit.export.schedule import SubnetSchedule
 from dydit.export.texts import read_texts
@@ -144,9 +144,10 @@ def bare_model(settings: BenchSettings, case: CaseSettings, plan: SubnetSchedule
     """
     dtype, device = DTYPES[case.dtype], settings.device
     if settings.path is not None:
+        if plan is None:  # no copy in another dtype, which the peak memory of a process would show
+            return nn.Module.to(load_dydit(settings.path, dtype=dtype).requires_grad_(False), device)
         model = load_dydit(settings.path).requires_grad_(False)
-        if plan is not None:
-            SubnetEngine(model, plan)  # refuses a schedule of other weights, while these are as stored
+        SubnetEngine(model, plan)  # refuses a schedule of other weights, while these are as stored
         return nn.Module.to(model, device=device, dtype=dtype)
     size = case.sample_size or DEFAULT_SAMPLE_SIZE
     return random_dydit(settings.subject, size, case.depth, settings.seed, dtype, device)
@@ -188,6 +189,12 @@ def _loaded(settings: BenchSettings, case: CaseSettings) -> Subject:
     texts = given_texts(settings)
     sampling = _sampler_settings(settings, given)
     timesteps = make_sampler(sampling, model.shape.learn_sigma).timesteps
+    if sampling.guidance_scale != 1 and model.null_label is None:
+        raise ConfigError(
+            f"guidance for {settings.subject}, which has no null class",
+            expected="a scale of 1",
+            remedy="add --no-guidance",
+        )
     plan = given or SubnetSchedule.from_model(model, timesteps, sampling.model_dump())
     for timestep in timesteps:
         plan.index_of(timestep)  # a missing one is told before any work is done

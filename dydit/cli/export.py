@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from dydit.export.calibration import Calibration
     from dydit.export.schedule import SubnetSchedule
 
-_MANIFEST = "manifest.json"
+# What an export's folder may hold, and Python beside run.py.
+_WRITTEN = ("manifest.json", "schedule.safetensors", "config.json", "diffusion_pytorch_model*",
+            "programs", "weights.safetensors", "deployment.json", "run.py", "__pycache__")  # fmt: skip
 
 
 def export(
@@ -272,9 +275,15 @@ def _check_replaceable(out: Path) -> None:
     """Refuse a folder with something else in it: an export takes the place of the whole folder.
 
     Raises:
-        OutputError: it is not empty and no export.
+        OutputError: it is not empty and no export, or something was put into one.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / _MANIFEST).is_file():
+    from dydit.export.artefact import is_artefact
+
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    other = [name for name in names if not any(fnmatch(name, pattern) for pattern in _WRITTEN)]
+    if other or (names and not is_artefact(out)):
         raise OutputError(
-            f"{out} holds other files", expected="a new folder or an export", remedy="choose another --out"
+            f"{out} holds other files, such as {(other or names)[0]}",
+            expected="a new folder or an export",
+            remedy="choose another --out",
         )

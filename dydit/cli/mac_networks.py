@@ -24,6 +24,7 @@ from dydit.config import SamplerConfig, find_path
 from dydit.diffusion import make_sampler
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError, DyditError
+from dydit.export.artefact import is_artefact
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
 from dydit.models.presets import PRESETS
@@ -34,7 +35,7 @@ from dydit.shapes import ModelShape
 _PRESET = re.compile(r"DiT-\w+/\d+")
 # Text of a preset with adaln_single, as in PixArt-α: T5-XXL's width, and the length it is cut to.
 _TEXT = {"context_dim": 4096, "context_length": 120}
-_MANIFEST, _WEIGHTS = "manifest.json", "config.json"  # of an export
+_WEIGHTS = "config.json"  # of an export that has some
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def model_macs(model: str, schedule: Path | None) -> tuple[ModelShape, list[Netw
         CheckpointError, ScheduleError: what was given cannot be used.
     """
     folder = Path(find_path(model))
-    if schedule is None and (folder / _MANIFEST).is_file():
+    if schedule is None and is_artefact(folder):
         schedule = folder
         if not (folder / _WEIGHTS).is_file():
             return _schedule_alone(SubnetSchedule.load(folder))

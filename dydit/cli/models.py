@@ -9,7 +9,7 @@ from dydit.config import find_path, load_config
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.loading import load_dydit
 from dydit.errors import CheckpointError
-from dydit.export.artefact import TENSORS
+from dydit.export.artefact import is_artefact
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone, stored_class
@@ -44,7 +44,7 @@ def sampler_defaults(path: str) -> dict[str, Any]:
     run, folder = _run_folder(path), Path(find_path(path))
     if run is not None:
         return load_config(run / CONFIG_FILE).sampler.model_dump()
-    return SubnetSchedule.load(folder).sampler if (folder / TENSORS).is_file() else {}
+    return SubnetSchedule.load(folder).sampler if is_artefact(folder) else {}
 
 
 def trained_target(path: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,20 @@ class Spread:
         """Median, 25 % and 75 % quantile."""
         low, median, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
         return cls(float(median), float(low), float(high))
+
+    @classmethod
+    def mean(cls, spreads: Sequence[Spread]) -> Spread:
+        """Mean of the medians, and of the quartiles."""
+        median, low, high = np.mean([(s.median, s.low, s.high) for s in spreads], axis=0).tolist()
+        return cls(median, low, high)
+
+    def inverse(self) -> Spread:
+        """Of 1/x, of a sample of positive x."""
+        return Spread(1 / self.median, 1 / self.high, 1 / self.low)
+
+    def over(self, divisor: float) -> Spread:
+        """Of x/divisor, which is positive."""
+        return Spread(self.median / divisor, self.low / divisor, self.high / divisor)
 
 
 def measure_interleaved(

@@ -41,6 +41,11 @@ def write_artefact(folder: str | Path, tensors: Mapping[str, np.ndarray], fields
     write_file(Path(folder) / MANIFEST, json.dumps(manifest, indent=1))
 
 
+def is_artefact(folder: str | Path) -> bool:
+    """Whether a folder has both files of a schedule; others have a manifest too."""
+    return all((Path(folder) / name).is_file() for name in (TENSORS, MANIFEST))
+
+
 def read_artefact(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and manifest of a folder, unchanged since they were written together.
 

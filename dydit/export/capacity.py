@@ -90,7 +90,7 @@ def measure_capacities(
         differences = []
         for call in recording.calls:
             output = model(call.x, call.t, call.y, capacities=by_timestep[call.t])
-            differences.append(_difference(output, call.output))
+            differences.append(relative_difference(output, call.output))
             bar.update()
     with call_bar(sampler, "capacity mode, own samples", progress) as bar:
 
@@ -105,11 +105,11 @@ def measure_capacities(
         multiple,
         recording.capacity_ratio(thresholds, torch.from_numpy(tokens)),
         torch.stack(differences).mean().item(),
-        _difference(samples, recording.samples).item(),
+        relative_difference(samples, recording.samples).item(),
     )
 
 
-def _difference(seen: Tensor, expected: Tensor) -> Tensor:
+def relative_difference(seen: Tensor, expected: Tensor) -> Tensor:
     """‖seen − expected‖/‖expected‖, a scalar; 0 for two that are equal, zeros too."""
     distance = (seen.double() - expected.double()).norm()
     return torch.where(distance == 0, distance, distance / expected.double().norm())

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.importance import permute_channels, permute_heads
-from dydit.export.schedule import SubnetSchedule
+from dydit.export.schedule import SubnetSchedule, is_one_run
 from dydit.routing.routers import WidthRouter
 
 
 def order_by_use(model: DyDiT, schedule: SubnetSchedule) -> None:
     """Put each block's heads and groups in the order of how many timesteps use them, in place.
 
-    The most used come first, of equal ones the earlier. The model's function does not change, and a second
-    call changes nothing. What is always on stays first: every timestep uses it.
+    The most used come first, of equal ones the earlier; where fewer masks of a block would then be contiguous
+    than are now, its components stay. The model's function does not change, and a second call changes
+    nothing. What is always on stays first: every timestep uses it.
 
     Args:
         model: its weights change, so the schedule has to be read off it again.
@@ -33,8 +34,10 @@ def order_by_use(model: DyDiT, schedule: SubnetSchedule) -> None:
 
 
 def _most_used_first(masks: np.ndarray) -> Tensor:
-    """Order (K,) of the components of masks (S, K)."""
-    return torch.from_numpy(masks.sum(0)).argsort(descending=True, stable=True)
+    """Order (K,) of the components of masks (S, K); that which they have if more masks are one run in it."""
+    order = torch.from_numpy(masks.sum(0)).argsort(descending=True, stable=True)
+    fewer = is_one_run(masks[:, order.numpy()]).sum() < is_one_run(masks).sum()
+    return torch.arange(len(order)) if fewer else order
 
 
 @torch.no_grad()

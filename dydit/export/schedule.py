@@ -88,7 +88,7 @@ class SubnetSchedule:
             raise ScheduleError(
                 f"{len(steps)} timesteps, {len(distinct_steps)} of them distinct in float32",
                 expected="at least one, each once",
-                remedy="give a sampler's timesteps, with fewer steps if two fall together",
+                remedy="give a sampler's timesteps with dict.fromkeys, or fewer steps if two fall together",
             )
         heads, groups = _width_masks(model, steps)
         pairs = np.concatenate([heads, groups], axis=-1)  # (S, L, H+G)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bench_builders import made_up, made_up_case
 from hypothesis import given
@@ -19,13 +20,25 @@ from dydit.benchmark.tables import calls_table, runs_table
 from dydit.errors import DataError, OutputError
 
 
-def test_the_share_compares_each_round_with_the_ideal_of_its_own_timestep() -> None:
+def test_speedup_and_ideal_are_those_of_all_timesteps_together() -> None:
+    """As a sampling run would have it: a cheap timestep saves no more than it costs."""
     case = made_up_case()
-    assert (case.speedup("exact").low, case.speedup("exact").high) == pytest.approx((2.0, 2.8), rel=0.2)
-    assert case.speedup("exact").median == pytest.approx((80 / 50 + 80 / 25) / 2)
-    assert case.ideal("exact") == pytest.approx(3.0)
-    share = case.share("exact")  # 1.6 of 2, and 3.2 of 4
+    assert case.ideal("exact") == pytest.approx(1600 / 600)
+    assert case.speedup("exact").median == pytest.approx(160 / 75)
+    share = case.share("exact")  # of 2 at one timestep 1.6, of 4 at the other 3.2
     assert (share.low, share.median, share.high) == pytest.approx((0.8, 0.8, 0.8))
+
+
+def test_ratios_are_paired_and_an_outlier_does_not_move_them() -> None:
+    """A busy moment makes both networks slow, or one of them once."""
+    times = [(80, 40, 500), (160, 80, 500), (80, 400, 500), (80, 20, 100), (40, 10, 100), (80, 22, 100)]
+    rounds = tuple(Round(timestep=float(t), ms={"static": a, "exact": b}) for a, b, t in times)
+    case = made_up_case(rounds=rounds, memory=None)
+    assert case.speedup("exact").median == pytest.approx(1 / np.mean([1 / 2, 1 / 4]))
+    assert case.speedup("exact").low < case.speedup("exact").median
+    assert case.share("exact").median == pytest.approx(1.0)
+    alone = made_up_case(rounds=rounds[:3], memory=None)  # a timestep that was not timed does not count
+    assert alone.ideal("exact") == 2.0
 
 
 @given(
@@ -85,6 +98,13 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
         (lambda d: d["cases"][0].update(batch="many"), "damaged"),
         (lambda d: d.update(cases=[3]), "damaged"),
         (lambda d: d["machine"].pop("torch"), "damaged"),
+        (lambda d: d["settings"].update(sweep="width"), "damaged"),
+        (lambda d: d["cases"][0].update(rounds=[]), "damaged"),
+        (lambda d: d["cases"][0].update(dtype="int8"), "damaged"),
+        (lambda d: d["cases"][0]["rounds"][0]["ms"].pop("exact"), "damaged.*rounds of other networks"),
+        (lambda d: d["cases"][0]["rounds"][0]["ms"].update(exact=0.0), "damaged"),
+        (lambda d: d["cases"][0]["rounds"][0].update(timestep=7.0), "damaged.*rounds at other timesteps"),
+        (lambda d: d["cases"][0]["macs"].update(exact=[1]), "damaged.*MACs of other timesteps"),
     ],
 )
 def test_a_changed_file_is_refused_in_one_line(tmp_path: Path, change: Any, words: str) -> None:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calibration_builders import routed_dydit
-from core_builders import small_inputs
+from core_builders import small_dit, small_inputs
 from safetensors.torch import save_file
 
 from dydit.cli.sizes import parse_bytes
+from dydit.config import DyDiTConfig
+from dydit.dynamic.convert import convert
 from dydit.errors import ConfigError
+from dydit.models.dit import DiT
 
 TINY = ("DiT-S/2", "--depth", "2", "--sample-size", "8", "--no-memory", "--rounds", "2")
 ONE = ("--batch", "1", "--dtype", "fp32", "--device", "cpu")
@@ -77,6 +81,32 @@ def test_a_model_is_exported_on_the_fly(command: Any, models: Any, tmp_path: Pat
     (case,) = bench(command, tmp_path / "bench", *words)["cases"]
     assert case["whole_run"]["macs"]["capacity"] < case["whole_run"]["macs"]["static"]
     assert case["rows"] == 1
+
+
+def test_a_model_that_was_never_trained(command: Any, tmp_path: Path) -> None:
+    """Its output is zero, in either mode."""
+    fresh = DiT(sample_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=10).eval()
+    convert(fresh, DyDiTConfig(token_router_ratio=4)).save_pretrained(tmp_path / "model")
+    words = (tmp_path / "model", "--rounds", "1", "--no-memory", *ONE, "--whole-run", "2")
+    (case,) = bench(command, tmp_path / "bench", *words)["cases"]
+    assert case["capacity_difference"] == 0.0
+
+
+def test_outputs_that_are_no_numbers_are_refused(command: Any, tmp_path: Path) -> None:
+    model = routed_dydit()
+    with torch.no_grad():
+        model.backbone.final_layer.linear.bias.fill_(1e6)  # beyond float16
+    model.save_pretrained(tmp_path / "model")
+    words = (tmp_path / "model", "--rounds", "1", "--no-memory", "--batch", "1", "--device", "cpu")
+    told = command("bench", *words, "--dtype", "fp16", "--whole-run", "2", "--out", tmp_path / "bench").error
+    assert "in torch.float16 that are not finite; expected numbers; measure in another --dtype" in told
+
+
+def test_guidance_without_a_null_class_is_told_before_any_work(command: Any, tmp_path: Path) -> None:
+    backbone = small_dit(null_class=False)
+    convert(backbone, DyDiTConfig(token_router_ratio=4)).save_pretrained(tmp_path / "model")
+    told = command("bench", tmp_path / "model", "--guidance", *ONE, "--out", tmp_path / "bench").error
+    assert "has no null class; expected a scale of 1; add --no-guidance" in told
 
 
 def test_a_model_that_takes_text(command: Any, tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ def test_an_export_may_be_replaced_but_no_other_folder(command: Any, models: Any
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     assert "holds other files" in command(*export, tmp_path / "thesis").error
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    # Latent caches and checkpoints have a manifest too.
+    (tmp_path / "cache").mkdir()
+    for name in ("manifest.json", "shard-00000.safetensors"):
+        (tmp_path / "cache" / name).write_bytes((tmp_path / "e" / "manifest.json").read_bytes())
+    told = command(*export, tmp_path / "cache").error
+    assert "holds other files, such as shard-00000.safetensors; expected a new folder or an export" in told
+    (tmp_path / "cache" / "shard-00000.safetensors").unlink()
+    assert "holds other files, such as manifest.json" in command(*export, tmp_path / "cache").error
+    # What was put into an export is not the export's to delete.
+    (tmp_path / "e" / "samples").mkdir()
+    assert "holds other files, such as samples" in command(*export, tmp_path / "e").error
+    assert (tmp_path / "e" / "samples").is_dir()
 
 
 def test_an_export_never_replaces_the_model_that_it_is_made_from(
