@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import resource
 import sys
@@ -46,6 +47,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    with contextlib.suppress(AttributeError):  # where the C library is not GNU's
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is no longer in use
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak resident set
 
