@@ -117,7 +117,9 @@ def test_few_graphs_for_many_subnetworks(counter: Any, conditioning: str, mode: 
     check_few_graphs(counter, *engines(conditioning, mode))
 
 
-@pytest.mark.parametrize("mode", [pytest.param("exact", marks=EXHAUSTIVE), "capacity"])
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_few_graphs_for_batches_of_any_size(counter: Any, mode: Mode) -> None:
     """One of a single sample takes as many graphs again, as a size of 1 is never symbolic."""
     fast, eager = engines("adaln_zero", mode)
