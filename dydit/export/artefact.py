@@ -42,8 +42,8 @@ def write_artefact(folder: str | Path, tensors: Mapping[str, np.ndarray], fields
 
 
 def is_artefact(folder: str | Path) -> bool:
-    """Whether a folder has both files of a schedule; others have a manifest too."""
-    return all((Path(folder) / name).is_file() for name in (TENSORS, MANIFEST))
+    """Whether a folder is an export's, perhaps a damaged one. (Other folders have a manifest too.)"""
+    return (Path(folder) / TENSORS).is_file()
 
 
 def read_artefact(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
