@@ -200,6 +200,10 @@ def test_aot_inductor_computes_the_same(tmp_path: Path, model: Any) -> None:
     found = Deployment(tmp_path, compiled=True)
     # Generated code has its own, coarser exponentials.
     check(found, model, schedule, tolerance=1e-4)
+    x, y = small_inputs(model.shape)
+    y = y[:1].repeat(len(x), *[1] * (y.ndim - 1))
+    strided = x.to(memory_format=torch.channels_last), STEPS[1], y[:1].expand_as(y)
+    assert torch.equal(found(*strided), found(x, STEPS[1], y))
 
 
 LONE = """
