@@ -34,6 +34,12 @@ def guide(conditional: Tensor, null: Tensor, scale: float, guided_channels: int)
     return torch.cat([guided, conditional[:, guided_channels:]], dim=1)
 
 
+def with_null(labels: Tensor, null: Tensor | int) -> Tensor:
+    """Labels (B,) or texts (B, M, context_dim), and as many of what stands for none: (2B, ...)."""
+    without = null.expand_as(labels) if isinstance(null, Tensor) else torch.full_like(labels, null)
+    return torch.cat([labels, without])
+
+
 def guided_output(
     model: Denoiser,
     x: Tensor,
@@ -69,9 +75,8 @@ def guided_output(
         return model(x, t, labels).to(x.dtype)
     if null is None:
         raise ConfigError(f"guidance scale {scale:g} for a model without a null class", expected="scale 1")
-    null_labels = null.expand_as(labels) if isinstance(null, Tensor) else torch.full_like(labels, null)
     steps = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-    output = model(torch.cat([x, x]), steps, torch.cat([labels, null_labels])).to(x.dtype)
+    output = model(torch.cat([x, x]), steps, with_null(labels, null)).to(x.dtype)
     conditional, without = output.chunk(2)
     channels = x.shape[1] if guided_channels is None else min(guided_channels, x.shape[1])
     return guide(conditional, without, scale, channels)

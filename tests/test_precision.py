@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from core_builders import small_dydit
@@ -20,7 +21,7 @@ class NewTensors(TorchDispatchMode):
         super().__init__()
         self.dtype, self.bytes = dtype, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if "detach" not in str(func):
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]

@@ -156,7 +156,7 @@ class Case(_Frozen):
         at: dict[float, list[float]] = {}
         for entry in self.rounds:
             at.setdefault(entry.timestep, []).append(entry.ms[name] / entry.ms[STATIC])
-        return Spread.mean([Spread.of(np.asarray(ratios)) for ratios in at.values()])
+        return Spread.mean([Spread.of(ratios) for ratios in at.values()])
 
     def speedup(self, mode: str) -> Spread:
         """Static time over an engine's."""

@@ -26,6 +26,7 @@ from dydit.errors import ConfigError, ScheduleError
 from dydit.export.recording import Start
 from dydit.export.schedule import SubnetSchedule
 from dydit.export.texts import read_texts
+from dydit.guidance import with_null
 from dydit.models.dit import DiT
 from dydit.models.presets import preset_arguments
 from dydit.precision import DTYPES
@@ -122,8 +123,8 @@ class Subject:
         x, labels = self.noise(images)
         if not self.guided:
             return x, labels
-        null = torch.as_tensor(self.model.null_label).to(labels)
-        return torch.cat([x, x]), torch.cat([labels, null.expand_as(labels)])
+        assert self.model.null_label is not None  # else guidance was refused
+        return torch.cat([x, x]), with_null(labels, self.model.null_label)
 
 
 def make_subject(settings: BenchSettings, case: CaseSettings) -> Subject:
@@ -144,10 +145,10 @@ def bare_model(settings: BenchSettings, case: CaseSettings, plan: SubnetSchedule
     """
     dtype, device = DTYPES[case.dtype], settings.device
     if settings.path is not None:
-        if plan is None:  # no copy in another dtype, which the peak memory of a process would show
-            return nn.Module.to(load_dydit(settings.path, dtype=dtype).requires_grad_(False), device)
-        model = load_dydit(settings.path).requires_grad_(False)
-        SubnetEngine(model, plan)  # refuses a schedule of other weights, while these are as stored
+        # In another dtype than the stored one from the start: a peak of memory would show the conversion.
+        model = load_dydit(settings.path, dtype=dtype if plan is None else None).requires_grad_(False)
+        if plan is not None:
+            SubnetEngine(model, plan)  # refuses a schedule of other weights, while these are as stored
         return nn.Module.to(model, device=device, dtype=dtype)
     size = case.sample_size or DEFAULT_SAMPLE_SIZE
     return random_dydit(settings.subject, size, case.depth, settings.seed, dtype, device)

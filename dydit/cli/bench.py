@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dydit.cli.execution import check_compiler
-from dydit.cli.sampler_options import Sampler
+from dydit.cli.sampler_options import Sampler, Texts
 from dydit.cli.sizes import parse_bytes
 from dydit.errors import ConfigError
 
@@ -78,12 +78,7 @@ def bench(
     schedule: Annotated[
         Path | None, typer.Option(help="Export folder of the model.", show_default=False)
     ] = None,
-    texts: Annotated[
-        Path | None,
-        typer.Option(
-            help="safetensors file of encoded texts, for a model that takes text.", show_default=False
-        ),
-    ] = None,
+    texts: Texts = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of a preset.", show_default=False)] = None,
     sample_size: Annotated[
         int | None, typer.Option(min=1, help="Latent side of a preset.", show_default="32")

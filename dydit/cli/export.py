@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit.cli.execution import DtypeChoice, check_compiler, check_together
-from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
+from dydit.cli.sampler_options import (
+    GuidanceScale,
+    GuidedChannels,
+    Sampler,
+    Steps,
+    Texts,
+    sampler_settings,
+)
 from dydit.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -19,10 +26,6 @@ if TYPE_CHECKING:
     from dydit.dynamic.dydit import DyDiT
     from dydit.export.calibration import Calibration
     from dydit.export.schedule import SubnetSchedule
-
-# What an export's folder may hold, and Python beside run.py.
-_WRITTEN = ("manifest.json", "schedule.safetensors", "config.json", "diffusion_pytorch_model*",
-            "programs", "weights.safetensors", "deployment.json", "run.py", "__pycache__")  # fmt: skip
 
 
 def export(
@@ -57,12 +60,7 @@ def export(
     calibration_seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the calibration set.", show_default="0")
     ] = None,
-    texts: Annotated[
-        Path | None,
-        typer.Option(
-            help="safetensors file of encoded texts, for a model that takes text.", show_default=False
-        ),
-    ] = None,
+    texts: Texts = None,
     order: Annotated[
         bool,
         typer.Option("--order", help="Order heads and groups by use, so that most slices need no copy."),
@@ -277,11 +275,17 @@ def _check_replaceable(out: Path) -> None:
     Raises:
         OutputError: it is not empty and no export, or something was put into one.
     """
-    from dydit.export.artefact import is_artefact
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    from dydit.deployment.folder import LOADER, PLAN, PROGRAMS, WEIGHTS
+    from dydit.export.artefact import MANIFEST, TENSORS, is_artefact
+    from dydit.models.checkpoints.sources import WEIGHTS as MODEL
 
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    other = [name for name in names if not any(fnmatch(name, pattern) for pattern in _WRITTEN)]
-    if other or (names and not is_artefact(out)):
+    # What an export writes, and Python beside the loader.
+    written = (TENSORS, MANIFEST, "config.json", f"{MODEL}*", PROGRAMS, WEIGHTS, PLAN, LOADER, "__pycache__")
+    names = sorted(path.name for path in out.iterdir())
+    other = [name for name in names if not any(fnmatch(name, pattern) for pattern in written)]
+    if other or not is_artefact(out):
         raise OutputError(
             f"{out} holds other files, such as {(other or names)[0]}",
             expected="a new folder or an export",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +36,10 @@ GuidanceScale = Annotated[
 GuidedChannels = Annotated[
     str | None,
     typer.Option(metavar="N|all", help="Guide the first N channels, or all.", show_default=False),
+]
+Texts = Annotated[
+    Path | None,
+    typer.Option(help="safetensors file of encoded texts, for a model that takes text.", show_default=False),
 ]
 
 

@@ -64,14 +64,18 @@ class CudaGraphs:
 
     def _replay(self, recording: _Recording, inputs: tuple[Tensor, ...]) -> Tensor:
         stream = torch.cuda.current_stream()
-        if self._last is not None:
-            stream.wait_event(self._last)  # which may have run on another stream
+        self._after_last(stream)
         for held, given in zip(recording.inputs, inputs, strict=True):
             held.copy_(given)
         recording.graph.replay()
         output = recording.output.clone()  # the next replay writes over it
         self._last = stream.record_event()
         return output
+
+    def _after_last(self, stream: Any) -> None:
+        """Let a stream wait for the last call, which may have run on another one."""
+        if self._last is not None:
+            stream.wait_event(self._last)
 
     def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recording | None:
         try:
@@ -94,8 +98,7 @@ class CudaGraphs:
         try:
             with _CAPTURING, torch.cuda.stream(self._stream):
                 self._stream.wait_stream(main)
-                if self._last is not None:  # libraries' own memory for this stream is in the recordings
-                    self._stream.wait_event(self._last)
+                self._after_last(self._stream)  # libraries' own memory for this stream is in the recordings
                 function(*held)  # the libraries set themselves up for a stream
                 # Other threads may allocate meanwhile.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
