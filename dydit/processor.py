@@ -6,9 +6,8 @@ import torch
 
 
 def has(capability: str) -> bool:
-    """Whether PyTorch tells a capability. Older versions that we take tell none: there, its choices stay."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get(capability, False))
+    """Whether PyTorch tells a capability."""
+    return bool(CAPABILITIES.get(capability, False))
 
 
 def without_onednn() -> frozenset[torch.dtype]:
@@ -18,6 +17,20 @@ def without_onednn() -> frozenset[torch.dtype]:
     return frozenset(t for t, name in asked.items() if not (there and getattr(torch.ops.mkldnn, name)()))
 
 
+def faster_in_one_kernel() -> frozenset[torch.dtype]:
+    """Precisions in which oneDNN's product, which adds the bias and applies GELU on its way, is the faster.
+
+    bfloat16 with AMX; float32 on AMD's processors with AVX-512, where it is compared with Intel's MKL
+    (``tools/measure_products.py``).
+    """
+    amd = "AMD" in str(CAPABILITIES.get("cpu_name"))
+    found = {torch.bfloat16: HAS_AMX, torch.float32: amd and has("avx512_f")}
+    return frozenset(dtype for dtype, faster in found.items() if faster)
+
+
+# Older versions of PyTorch that we take tell nothing: there, its choices stay.
+CAPABILITIES: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 HAS_AMX = has("amx_bf16")  # units that multiply bfloat16 matrices
 HAS_BF16 = has("avx512_bf16")  # instructions that multiply bfloat16 vectors
+IN_ONE_KERNEL = faster_in_one_kernel()
 WITHOUT_ONEDNN = without_onednn()  # asked once: it cannot be while something is traced

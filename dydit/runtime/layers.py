@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydit.processor import HAS_AMX, HAS_BF16
+from dydit.processor import HAS_AMX, HAS_BF16, IN_ONE_KERNEL
 from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
@@ -71,13 +71,18 @@ def _attention_in_products(
 
 
 def sliced_mlp(
-    packed: PackedBlock, act: Callable[[Tensor], Tensor], x: Tensor, workspace: Workspace | None = None
+    packed: PackedBlock,
+    act: Callable[[Tensor], Tensor],
+    x: Tensor,
+    workspace: Workspace | None = None,
+    any_size: bool = False,
 ) -> Tensor:
-    """MLP of the active groups over x (..., D)."""
+    """MLP of the active groups over x (..., D); ``any_size``: see ``linear``."""
     if packed.fc1 is None:
         bias = packed.fc2[1]
         return torch.zeros_like(x) if bias is None else bias.expand_as(x)
-    return linear(linear(x, packed.fc1, workspace, act), packed.fc2, workspace)
+    hidden = linear(x, packed.fc1, workspace, act, any_size)
+    return linear(hidden, packed.fc2, workspace, any_size=any_size)
 
 
 def linear(
@@ -85,14 +90,20 @@ def linear(
     layer: Weights,
     workspace: Workspace | None = None,
     act: Callable[[Tensor], Tensor] | None = None,
+    any_size: bool = False,
 ) -> Tensor:
-    """A linear layer over x (..., in), and an activation of what it gives; None: none."""
+    """A linear layer over x (..., in).
+
+    Args:
+        act: activation of what it gives; None: none.
+        any_size: whether the number of rows depends on the data, so that hardly two calls have the same.
+    """
     weight, bias = layer
     if workspace is None:
         result = F.linear(x, weight, bias)
         return result if act is None else act(result)
     gelu = act.approximate if isinstance(act, nn.GELU) else None
-    if in_one_kernel(x, weight) and (act is None or gelu):
+    if not any_size and in_one_kernel(x, weight) and (act is None or gelu):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
     rows = x.view(-1, x.shape[-1])
     out = workspace.empty((len(rows), len(weight)), x.dtype)
@@ -109,11 +120,11 @@ def linear(
 def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product, which adds the bias and applies GELU on its way, is what to take.
 
-    In bfloat16 on a CPU with AMX, where it is faster (``tools/measure_products.py``). Not in float32, where
-    it gains little: it makes and keeps a kernel for every number of rows, which BLAS does not. It takes new
-    memory. Inductor uses it too; PyTorch has no public name for it.
+    Where it is faster (``processor.IN_ONE_KERNEL``), but for rows of any number: it makes and keeps a kernel
+    for each, which BLAS does not. It takes new memory. Inductor uses it too; PyTorch has no public name for
+    it.
     """
-    if not HAS_AMX or x.dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
+    if x.dtype not in IN_ONE_KERNEL or not torch.backends.mkldnn.enabled:
         return False
     return weight.is_contiguous() or weight.t().is_contiguous()  # else many times slower
 

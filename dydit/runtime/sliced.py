@@ -157,12 +157,14 @@ class SlicedBlock(nn.Module):
         """
         B, N, D = x.shape
         _restart(workspace)
-        rows, flat = kept if rows is None else rows, x.view(B * N, D)
+        any_size, flat = rows is None, x.view(B * N, D)
+        rows = kept if rows is None else rows
         of_rows = Rows(rows, B, N, workspace)
         gathered = _gather(flat, rows, workspace)
         tokens = of_rows.modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp)
-        update = of_rows.gate(self.sliced_mlp(packed, self._act, tokens, workspace), m.gate_mlp)
-        if rows is not kept:
+        update = self.sliced_mlp(packed, self._act, tokens, workspace, any_size)
+        update = of_rows.gate(update, m.gate_mlp)
+        if not any_size:
             gathered, update = gathered[: len(kept)], update[: len(kept)]
         return _add_rows(flat, kept, gathered, update, workspace).view(B, N, D)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dydit import processor
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime import layers
@@ -92,8 +93,8 @@ def test_products_in_one_kernel_or_in_several(
     for weight, bias in product(weights, (None, torch.randn(24, dtype=dtype))):
         x = torch.randn(2, rows, weight.shape[1], dtype=dtype)
         layer = (weight, None if bias is None else bias[: len(weight)])
-        for has_amx in (False, True):
-            monkeypatch.setattr(layers, "HAS_AMX", has_amx)
+        for precisions in (frozenset(), frozenset({dtype})):
+            monkeypatch.setattr(layers, "IN_ONE_KERNEL", precisions)
             room.restart()
             found = layers.linear(x, layer, room, act)
             expected = layers.linear(x, layer, None, act)
@@ -103,12 +104,52 @@ def test_products_in_one_kernel_or_in_several(
 
 def test_which_products_are_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(2, 2, 96).bfloat16(), torch.randn(24, 96).bfloat16()
-    monkeypatch.setattr(layers, "HAS_AMX", True)
+    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.bfloat16}))
     assert layers.in_one_kernel(x, weight) and layers.in_one_kernel(x, weight.t().contiguous().t())
     assert not layers.in_one_kernel(x[..., :8], weight[:, :8])
     assert not layers.in_one_kernel(x.float(), weight.float())
-    monkeypatch.setattr(layers, "HAS_AMX", False)
-    assert not layers.in_one_kernel(x, weight)
+    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32}))
+    assert layers.in_one_kernel(x.float(), weight.float()) and not layers.in_one_kernel(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precisions"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}, {torch.float32}),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, set()),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "amx_bf16": True}, {torch.bfloat16}),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, set()),
+        ({}, set()),  # an older PyTorch
+    ],
+)
+def test_where_products_are_in_one_kernel(
+    capabilities: dict[str, object], precisions: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "CAPABILITIES", capabilities)
+    monkeypatch.setattr(processor, "HAS_AMX", processor.has("amx_bf16"))
+    assert processor.faster_in_one_kernel() == precisions
+
+
+def test_no_kernel_is_made_for_every_number_of_kept_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where nothing is filled up, the MLP of kept tokens is multiplied by BLAS."""
+    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32}))
+    sizes, kernel = set[int](), layers.in_one_kernel
+
+    def seen(x: Tensor, weight: Tensor) -> bool:
+        sizes.add(x.shape[:-1].numel())
+        return kernel(x, weight)
+
+    monkeypatch.setattr(layers, "in_one_kernel", seen)
+    model, schedule, x, y = routed("adaln_zero")
+    assert schedule.capacities is not None
+    whole, kept = model.shape.tokens, set(schedule.capacities.flatten().tolist())
+    for mode, expected in (("exact", {whole}), ("capacity", {whole} | kept - {0})):
+        sizes.clear()
+        engine = SubnetEngine(model, schedule, mode=mode)
+        for i, t in enumerate(TIMESTEPS):
+            engine(x[i : i + 1], t, y[i : i + 1])
+        assert sizes == expected
+    assert kept - {0, whole}
 
 
 @pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time

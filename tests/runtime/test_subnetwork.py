@@ -14,7 +14,7 @@ from torch.export import Dim
 from dydit.config import DyDiTConfig
 from dydit.errors import ConfigError, ScheduleError
 from dydit.export.schedule import SubnetSchedule
-from dydit.processor import HAS_AMX
+from dydit.processor import HAS_AMX, IN_ONE_KERNEL
 from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.packing import block_bytes
@@ -44,6 +44,9 @@ def test_it_computes_what_the_engine_does(
 ) -> None:
     monkeypatch.setattr(layers, "HAS_AMX", has_amx)
     monkeypatch.setattr(layers, "HAS_BF16", True)
+    monkeypatch.setattr(
+        layers, "IN_ONE_KERNEL", IN_ONE_KERNEL if has_amx else IN_ONE_KERNEL - {torch.bfloat16}
+    )
     engine = make_engine(mode=mode)
     engine = SubnetEngine(engine.model, engine.schedule, dtype, mode=mode)
     x, y = small_inputs(engine.shape)
