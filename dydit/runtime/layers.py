@@ -96,7 +96,7 @@ def linear(
 
     Args:
         act: activation of what it gives; None: none.
-        any_size: whether the number of rows depends on the data, so that hardly two calls have the same.
+        any_size: whether hardly two calls have the same number of rows.
     """
     weight, bias = layer
     if workspace is None:

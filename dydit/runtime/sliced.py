@@ -183,7 +183,7 @@ class SlicedBlock(nn.Module):
         rows, flat = top_rows(logits, k), x.view(B * N, D)
         gathered = _gather(flat, rows, workspace).view(B, k, D)
         tokens = modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp, out=over(workspace, gathered))
-        update = self.sliced_mlp(packed, self._act, tokens, workspace)
+        update = self.sliced_mlp(packed, self._act, tokens, workspace, True)
         if m.gate_mlp is not None:
             update = torch.mul(update, m.gate_mlp.unsqueeze(1), out=space(workspace, update, *update.shape))
         return _add_rows(flat, rows, gathered.view(-1, D), update.view(-1, D), workspace).view(B, N, D)
