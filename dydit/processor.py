@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 
 
+def capabilities() -> dict[str, object]:
+    """What PyTorch tells of the CPU. Older versions that we take tell nothing: there, its choices stay."""
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return told
+
+
 def has(capability: str) -> bool:
     """Whether PyTorch tells a capability."""
-    return bool(CAPABILITIES.get(capability, False))
+    return bool(capabilities().get(capability, False))
 
 
 def without_onednn() -> frozenset[torch.dtype]:
@@ -23,13 +29,11 @@ def faster_in_one_kernel() -> frozenset[torch.dtype]:
     bfloat16 with AMX; float32 on AMD's processors with AVX-512, where it is compared with Intel's MKL
     (``tools/measure_products.py``).
     """
-    amd = "AMD" in str(CAPABILITIES.get("cpu_name"))
-    found = {torch.bfloat16: HAS_AMX, torch.float32: amd and has("avx512_f")}
+    amd = "AMD" in str(capabilities().get("cpu_name"))
+    found = {torch.bfloat16: has("amx_bf16"), torch.float32: amd and has("avx512_f")}
     return frozenset(dtype for dtype, faster in found.items() if faster)
 
 
-# Older versions of PyTorch that we take tell nothing: there, its choices stay.
-CAPABILITIES: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 HAS_AMX = has("amx_bf16")  # units that multiply bfloat16 matrices
 HAS_BF16 = has("avx512_bf16")  # instructions that multiply bfloat16 vectors
 IN_ONE_KERNEL = faster_in_one_kernel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dydit.processor import has, without_onednn
+from dydit.processor import faster_in_one_kernel, has, without_onednn
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,23 @@ def test_amx_as_pytorch_tells(told: dict[str, bool], expected: bool, monkeypatch
 def test_none_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not has("amx_bf16")
+
+
+@pytest.mark.parametrize(
+    ("told", "precisions"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}, {torch.float32}),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, set()),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "amx_bf16": True}, {torch.bfloat16}),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, set()),
+        ({}, set()),
+    ],
+)
+def test_where_onednns_products_are_taken(
+    told: dict[str, object], precisions: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert faster_in_one_kernel() == precisions
 
 
 def test_half_precisions_that_onednn_multiplies_are_pytorchs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dydit import processor
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime import layers
@@ -110,24 +109,6 @@ def test_which_products_are_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     assert not layers.in_one_kernel(x.float(), weight.float())
     monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32}))
     assert layers.in_one_kernel(x.float(), weight.float()) and not layers.in_one_kernel(x, weight)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "precisions"),
-    [
-        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}, {torch.float32}),
-        ({"cpu_name": "AMD EPYC", "avx512_f": False}, set()),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "amx_bf16": True}, {torch.bfloat16}),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, set()),
-        ({}, set()),  # an older PyTorch
-    ],
-)
-def test_where_products_are_in_one_kernel(
-    capabilities: dict[str, object], precisions: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processor, "CAPABILITIES", capabilities)
-    monkeypatch.setattr(processor, "HAS_AMX", processor.has("amx_bf16"))
-    assert processor.faster_in_one_kernel() == precisions
 
 
 @pytest.mark.parametrize("mode", ["exact", "capacity"])
