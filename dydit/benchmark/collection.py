@@ -30,8 +30,9 @@ network's output is scaled down and added to the optimal linear noise prediction
 latents keep unit variance, as with a trained model.
 
 Where no instructions stand after a CPU's name, it has AVX-512 with those for bfloat16, the Xeon also AMX.
-AMD EPYC (AVX512) is another machine that has them too. The float32 figures of AMD EPYC are older than
-the engine's use of oneDNN's products there ([engine.md](engine.md#on-the-processor-at-hand))."""
+AMD EPYC (AVX512), and the Xeon whose instructions are named, are other machines that have them too. The
+float32 figures of AMD EPYC are older than the engine's use of oneDNN's products there
+([engine.md](engine.md#on-the-processor-at-hand))."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",

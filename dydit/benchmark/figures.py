@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from dydit.benchmark.results import STATIC, Benchmark, Case
 from dydit.report.plots import ACCENT_COLOR, BACKBONE_COLOR, DYDIT_COLOR, png_bytes
@@ -63,6 +64,8 @@ def _draw_times(axes: Axes, found: Benchmark, sweep: str) -> None:
         )  # fmt: skip
     _scale(axes, found, sweep)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 60, where the default writes 6·10¹
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_ylabel("milliseconds per image in a call")
 
 
