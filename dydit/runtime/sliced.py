@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 from dydit.adapters.base import Adapter
 from dydit.models.blocks import Conditioning, Modulation, add_gated, modulate
+from dydit.processor import HAS_AMX
 from dydit.routing.gates import logit
 from dydit.routing.tokens import top_tokens
 from dydit.runtime.layers import sliced_attention, sliced_mlp
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.workspace import Workspace, over, space
 
+SIZES = 8 if HAS_AMX else 16  # kernels for AMX take 1 MB each, and in as many more sizes are hardly faster
 
-def filled_up(count: int) -> int:
-    """The number of rows to compute for ``count``: the next multiple of 16, or of about a 16th of them.
+
+def filled_up(count: int, sizes: int = SIZES) -> int:
+    """The number of rows to compute for ``count``: one of ``sizes`` of its octave at most, a multiple of 16.
 
     For bfloat16 and float16 on the CPU, where oneDNN makes a kernel for each size and keeps it: with sizes
-    that no call has in common with another, that takes time in every call, and its memory grows. An octave
-    has 16 sizes at most.
+    that no call has in common with another, that takes time in every call, and its memory grows.
     """
-    step = 1 << max(4, count.bit_length() - 5)
+    step = max(16, (1 << count.bit_length()) // (2 * sizes))
     return -(-count // step) * step
 
 

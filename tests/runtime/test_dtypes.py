@@ -65,16 +65,17 @@ def test_sliced_equals_masked_in_half_precision(dtype: torch.dtype, mode: Mode) 
         assert relative_error(engine(*sample).float(), masked.float()) < TOLERANCES[dtype]
 
 
-@given(st.integers(1, 10**6))
-def test_few_sizes_and_little_in_vain(count: int) -> None:
-    computed = filled_up(count)
-    assert computed % 16 == 0 and count <= computed < count + max(16, count / 16)
-    assert filled_up(computed) == computed
+@given(st.integers(0, 10**6), st.sampled_from([8, 16]))
+def test_few_sizes_and_little_in_vain(count: int, sizes: int) -> None:
+    computed = filled_up(count, sizes)
+    assert computed % 16 == 0 and count <= computed < count + max(16, count / sizes)
+    assert filled_up(computed, sizes) == computed
 
 
-def test_an_octave_has_at_most_16_sizes() -> None:
+@pytest.mark.parametrize("sizes", [8, 16])
+def test_an_octave_has_few_sizes(sizes: int) -> None:
     for low in (256, 1024, 4096):
-        assert len({filled_up(count) for count in range(low + 1, 2 * low + 1)}) <= 16
+        assert len({filled_up(count, sizes) for count in range(low + 1, 2 * low + 1)}) == sizes
 
 
 @pytest.mark.parametrize("act", [nn.GELU("none"), nn.GELU("tanh"), nn.SiLU(), None], ids=str)
