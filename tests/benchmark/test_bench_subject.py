@@ -22,6 +22,7 @@ from dydit.dynamic.compute_loss import deployed_cost
 from dydit.errors import ConfigError
 from dydit.models.dit import DiT
 from dydit.runtime.engine import SubnetEngine
+from dydit.runtime.sliced import SIZES
 from dydit.shapes import ModelShape
 
 SHAPE = ModelShape((32, 32), 2, 4, 8, 768, 12, 12, 3072, 12, 1000)  # DiT-B/2
@@ -59,8 +60,8 @@ def test_a_sampling_run_deploys_the_asked_ratio(ratio: float) -> None:
 def test_bf16_deploys_it_too() -> None:
     subject = subject_of("bf16", depth=4, sample_size=16, whole_run=16)
     assert next(subject.model.parameters()).dtype == torch.bfloat16
-    # The tokens that fill up an MLP's batch are counted too.
-    assert deployed_ratio(subject) == pytest.approx(0.5, rel=0.03)
+    # The tokens that fill up an MLP's batch are counted too: half a step on average, in about half of the work.
+    assert deployed_ratio(subject) == pytest.approx(0.5, rel=0.02 + 0.25 / SIZES)
 
 
 def test_heads_groups_and_tokens_run_in_similar_shares(subject: Subject) -> None:
