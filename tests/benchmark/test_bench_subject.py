@@ -60,7 +60,7 @@ def test_a_sampling_run_deploys_the_asked_ratio(ratio: float) -> None:
 def test_bf16_deploys_it_too() -> None:
     subject = subject_of("bf16", depth=4, sample_size=16, whole_run=16)
     assert next(subject.model.parameters()).dtype == torch.bfloat16
-    # The tokens that fill up an MLP's batch are counted too: half a step on average, in about half of the work.
+    # The tokens that fill up an MLP's batch count too: half a step on average, in about half of the work.
     assert deployed_ratio(subject) == pytest.approx(0.5, rel=0.02 + 0.25 / SIZES)
 
 
