@@ -19,10 +19,10 @@ from dydit.runtime.layers import sliced_attention, sliced_mlp
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.workspace import Workspace, over, space
 
-SIZES = 8 if HAS_AMX else 16  # kernels for AMX take 1 MB each, and in as many more sizes are hardly faster
+SIZES_PER_OCTAVE = 8 if HAS_AMX else 16  # kernels for AMX take more memory, and more of them save no time
 
 
-def filled_up(count: int, sizes: int = SIZES) -> int:
+def filled_up(count: int, sizes: int = SIZES_PER_OCTAVE) -> int:
     """The number of rows to compute for ``count``: one of ``sizes`` of its octave at most, a multiple of 16.
 
     For bfloat16 and float16 on the CPU, where oneDNN makes a kernel for each size and keeps it: with sizes
