@@ -59,12 +59,11 @@ def main() -> None:
         if options.aot_compile:
             compile_programs(folder, programs, progress=True)
             networks["compiled deployment"] = Deployment(folder, compiled=True)
-    rounds = time_calls(
-        networks,
-        dict.fromkeys(timesteps, (x, y)),
+    (rounds,) = time_calls(
+        [(networks, dict.fromkeys(timesteps, (x, y)))],
         options.rounds,
-        1,
-        f"{options.dtype}, batch {options.batch}",
+        warmup=1,
+        title=f"{options.dtype}, batch {options.batch}",
     )
     calls = [Call(x, t, y) for t in timesteps]
     static = [found.ms["static"] for found in rounds]

@@ -1,8 +1,10 @@
-"""One case: MACs and time of single calls."""
+"""Cases: MACs and time of single calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,30 +34,57 @@ Inputs = tuple[Tensor, Tensor]
 Network = Callable[[Tensor, float, Tensor], Tensor]
 
 
-def measure_case(
-    subject: Subject,
-    variants: Variants,
-    settings: BenchSettings,
-    case: CaseSettings,
-    batch: int,
-    static_macs: int,
-    memory: Memory | None = None,
-) -> Case:
-    """Everything about one batch size.
+@dataclass(frozen=True)
+class Point:
+    """One subject at one batch size, to be measured.
 
-    Args:
+    Attributes:
+        variants: the networks to compare.
+        case: what the settings said of it.
+        batch: images.
         static_macs: of the backbone for one sample (``count_static``).
         memory: measured elsewhere.
+    """
+
+    subject: Subject
+    variants: Variants
+    case: CaseSettings
+    batch: int
+    static_macs: int
+    memory: Memory | None = None
+
+
+def measure_points(points: Sequence[Point], settings: BenchSettings) -> Iterator[Case]:
+    """Everything about some points; their calls are timed in turns, so that they compare with each other.
 
     Raises:
         DyditError: counted and analytic MACs differ.
     """
+    counted = [_count_point(point, settings) for point in points]
+    networks = [point.variants.networks for point in points]
+    batches = ",".join(dict.fromkeys(str(point.batch) for point in points))
+    times = time_calls(
+        list(zip(networks, [inputs for inputs, _ in counted], strict=True)), settings.rounds,
+        warmup=2 if settings.compile else 1, title=f"{points[0].case.dtype}, batch {batches}",
+    )  # fmt: skip
+    for point, (inputs, case), rounds in zip(points, counted, times, strict=True):
+        rows = len(next(iter(inputs.values()))[0])
+        run = None
+        if settings.whole_run:
+            static = rows * point.static_macs
+            run = time_runs(point.subject, point.variants, settings, point.batch, static)
+        yield case(rounds=rounds, whole_run=run)
+
+
+def _count_point(point: Point, settings: BenchSettings) -> tuple[dict[float, Inputs], Callable[..., Case]]:
+    """Latents and labels of a point's calls by timestep; its case, but for what the clock says."""
+    subject, variants = point.subject, point.variants
     first = next(iter(variants.counting.values()))
-    calls = subject.calls(first, batch)
+    calls = subject.calls(first, point.batch)
     timesteps = spread(subject.sampler.timesteps, min(CALL_TIMESTEPS, settings.rounds))
     inputs = {t: calls[t] for t in timesteps}
     rows = len(inputs[timesteps[0]][0])
-    macs: dict[str, tuple[int, ...]] = {STATIC: (rows * static_macs,) * len(timesteps)}
+    macs: dict[str, tuple[int, ...]] = {STATIC: (rows * point.static_macs,) * len(timesteps)}
     counted: dict[str, int] = {}
     kept: dict[str, float] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -65,17 +94,14 @@ def measure_case(
         outputs[mode], tables, kept[mode] = _executed(engine, timed, inputs)
         macs[mode] = tuple(table.total for table in tables)
     plan, shape = subject.schedule, subject.model.shape
-    return Case(
-        dtype=case.dtype, batch=batch, rows=rows,
+    return inputs, partial(
+        Case,
+        dtype=point.case.dtype, batch=point.batch, rows=rows,
         sample_size=shape.sample_size, tokens=shape.tokens, depth=shape.depth,
         timesteps=timesteps, macs=macs, counted=counted, kept=kept,
         capacity_difference=_difference(outputs),
-        rounds=time_calls(variants.networks, inputs, settings.rounds, 2 if settings.compile else 1,
-                          f"{case.dtype}, batch {batch}"),
         subnetworks=plan.subnetworks_by_block, view_share=plan.view_share,
-        memory=memory,
-        whole_run=time_runs(subject, variants, settings, batch, rows * static_macs)
-        if settings.whole_run else None,
+        memory=point.memory,
     )  # fmt: skip
 
 
@@ -92,30 +118,35 @@ def count_static(subject: Subject) -> int:
 
 
 def time_calls(
-    networks: Mapping[str, Network], inputs: Mapping[float, Inputs], rounds: int, warmup: int, title: str
-) -> tuple[Round, ...]:
-    """Time every network in every round, in an order that rotates; a timestep's rounds follow each other.
+    cases: Sequence[tuple[Mapping[str, Network], Mapping[float, Inputs]]],
+    rounds: int,
+    warmup: int,
+    title: str,
+) -> list[tuple[Round, ...]]:
+    """Time every network of every case in every round, and give each case's rounds.
+
+    Cases take turns, so that what the machine does meanwhile is shared by all; of a case, another network is
+    the first in every round. A timestep's rounds follow each other.
 
     Args:
-        networks: by name.
-        inputs: latents and labels by timestep.
+        cases: networks by name, and their latents and labels by timestep.
         rounds: timed calls of each network, in all.
         warmup: untimed calls before a timestep's first round. Its subnetworks are then packed, as they are in
             every call but their first; a compiler may want a second call.
         title: of the progress bar.
     """
-    names, found = list(networks), list[Round]()
-    timesteps, previous = list(inputs), None
+    found: list[list[Round]] = [[] for _ in cases]
     for index in tqdm(range(rounds), desc=title, unit="round"):
-        t = timesteps[index * len(timesteps) // rounds]
-        x, y = inputs[t]
-        calls: dict[str, Callable[[], Any]] = {
-            name: _call(networks[name], x, t, y) for name in rotated(names, index)
-        }
-        ms = measure_interleaved(calls, rounds=1, warmup=0 if t == previous else warmup)
-        found.append(Round(timestep=t, ms={name: values[0] for name, values in ms.items()}))
-        previous = t
-    return tuple(found)
+        for (networks, inputs), seen in zip(cases, found, strict=True):
+            t = [*inputs][index * len(inputs) // rounds]
+            calls: dict[str, Callable[[], Any]] = {
+                name: partial(networks[name], inputs[t][0], t, inputs[t][1])
+                for name in rotated([*networks], index)
+            }
+            warm = bool(seen) and seen[-1].timestep == t
+            ms = measure_interleaved(calls, rounds=1, warmup=0 if warm else warmup)
+            seen.append(Round(timestep=t, ms={name: values[0] for name, values in ms.items()}))
+    return [tuple(seen) for seen in found]
 
 
 def _count(engine: SubnetEngine, t: float, inputs: Inputs) -> int:
@@ -172,7 +203,3 @@ def _difference(outputs: Mapping[str, Sequence[Tensor]]) -> float | None:
         return None
     pairs = zip(outputs["capacity"], outputs["exact"], strict=True)
     return float(np.mean([relative_difference(capacity, exact).item() for capacity, exact in pairs]))
-
-
-def _call(network: Any, x: Tensor, t: float, y: Tensor) -> Callable[[], Any]:
-    return lambda: network(x, t, y)

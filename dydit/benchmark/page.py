@@ -7,14 +7,16 @@ from dydit.benchmark.tables import calls_table, megabytes, runs_table
 
 NOTES = """\
 Every network is called once per round, in an order that rotates; ratios are of the same round: median and
-quartiles at each timestep, and their mean over the timesteps (a speed-up is one over a mean). Ideal is static
-over engine in MACs of these timesteps together, by the closed form; fvcore counts a call of each mode, and
-the benchmark stops where the two differ. Share is the measured speed-up over the ideal one. An engine's
-subnetwork is packed before it is timed, except in whole runs, which start with nothing packed (but what CUDA
-graphs hold) and take turns step by step (on a GPU, run by run). *All on* is an engine with every head, group
-and token on: where it takes less than the static backbone, the engine's own forms of attention and products
-are faster than PyTorch's, and the share gains from that too. *Masked* is the trained form. Peak memory is of
-processes with one network each, the engines' over every timestep of the schedule, never compiled."""
+quartiles at each timestep, and their mean over the timesteps (a speed-up is one over a mean). In a sweep the
+cases in one dtype take turns round by round, those of several depths or numbers of tokens only where nothing
+is compiled. Ideal is static over engine in MACs of these timesteps together, by the closed form; fvcore
+counts a call of each mode, and the benchmark stops where the two differ. Share is the measured speed-up over
+the ideal one. An engine's subnetwork is packed before it is timed, except in whole runs, which start with
+nothing packed (but what CUDA graphs hold) and take turns step by step (on a GPU, run by run). *All on* is an
+engine with every head, group and token on: where it takes less than the static backbone, the engine's own
+forms of attention and products are faster than PyTorch's, and the share gains from that too. *Masked* is the
+trained form. Peak memory is of processes with one network each, the engines' over every timestep of the
+schedule, never compiled."""
 
 
 def page(found: Benchmark, figure: str | None = None, level: int = 1) -> str:

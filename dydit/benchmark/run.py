@@ -1,18 +1,18 @@
-"""The whole benchmark: case after case, saved after each."""
+"""The whole benchmark: case after case, saved after each; a sweep's in turns."""
 
 from __future__ import annotations
 
 import gc
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import dydit
-from dydit.benchmark.measure import count_static, measure_case
+from dydit.benchmark.measure import Point, count_static, measure_points
 from dydit.benchmark.peaks import measure_memory
 from dydit.benchmark.results import Benchmark, Case, Machine
 from dydit.benchmark.settings import BenchSettings, CaseSettings, plan_cases
@@ -25,6 +25,8 @@ from dydit.processor import HAS_AMX
 
 def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
     """Measure, and write ``bench.json``, ``bench.md`` and ``bench.png`` into ``out`` after every case.
+
+    The cases of a sweep in one dtype are timed together, and saved after that.
 
     Raises:
         DyditError: settings, model or folder cannot be used, or counted and analytic MACs differ.
@@ -49,8 +51,8 @@ def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
         save_benchmark(found, out)
 
     try:
-        for case in cases:
-            _measure(settings, case, save)
+        for together in _in_turns(settings, cases):
+            _measure(settings, together, save)
     finally:
         torch.set_num_threads(threads)
     found = found.model_copy(update={"finished": _now()})
@@ -63,18 +65,34 @@ def _other_device(settings: BenchSettings) -> str:
     return " --device cpu" if settings.device == "cpu" and torch.cuda.is_available() else ""
 
 
-def _measure(settings: BenchSettings, case: CaseSettings, save: Callable[[Case], None]) -> None:
-    """All batch sizes of one subject, which is built once and dropped afterwards."""
+def _in_turns(settings: BenchSettings, cases: Sequence[CaseSettings]) -> list[list[CaseSettings]]:
+    """Cases whose subjects are in memory together: those of a sweep in one dtype, which is one line of it.
+
+    Compiled ones never: as many networks would be more graphs than torch.compile makes of one function.
+    """
+    if settings.sweep is None or settings.compile:
+        return [[case] for case in cases]
+    return [[case for case in cases if case.dtype == dtype] for dtype in settings.dtypes]
+
+
+def _measure(settings: BenchSettings, cases: Sequence[CaseSettings], save: Callable[[Case], None]) -> None:
+    """All batch sizes of some subjects, which are built once and dropped afterwards."""
     if settings.compile:
         torch.compiler.reset()  # graphs of the case before hold its weights
+    points = [point for case in cases for point in _points(settings, case)]
+    for together in [points] if settings.sweep else [[point] for point in points]:
+        for found in measure_points(together, settings):
+            save(found)
+    del points, together
+    gc.collect()  # an engine and what it holds refer to each other
+
+
+def _points(settings: BenchSettings, case: CaseSettings) -> list[Point]:
     subject = make_subject(settings, case)
     variants = make_variants(subject, settings)  # first, as it refuses a budget that is too small
     memory = measure_memory(subject, settings, case) if settings.memory and settings.sweep is None else {}
     static = count_static(subject)
-    for batch in case.batches:
-        save(measure_case(subject, variants, settings, case, batch, static, memory.get(batch)))
-    del subject, variants
-    gc.collect()  # an engine and what it holds refer to each other
+    return [Point(subject, variants, case, batch, static, memory.get(batch)) for batch in case.batches]
 
 
 def _machine(device: str) -> Machine:

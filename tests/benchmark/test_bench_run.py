@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from bench_builders import SMALL
 
 import dydit.benchmark.run as running
-from dydit.benchmark.measure import time_calls
+from dydit.benchmark.measure import Point, time_calls
 from dydit.benchmark.order import rotated, spread
 from dydit.benchmark.peaks import measure_memory
-from dydit.benchmark.results import Benchmark
+from dydit.benchmark.results import Benchmark, Case
 from dydit.benchmark.run import run_benchmark
 from dydit.benchmark.settings import BenchSettings, CaseSettings
 from dydit.benchmark.storage import JSON_NAME, load_benchmark
@@ -76,14 +76,14 @@ def test_whole_runs_pack_from_nothing(measured: tuple[Benchmark, Path]) -> None:
 def test_what_was_measured_is_kept_when_the_rest_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    measure = running.measure_case
+    measure = running.measure_points
 
-    def broken(*arguments: Any) -> Any:
-        if arguments[4] == 2:
+    def broken(points: Sequence[Point], settings: BenchSettings) -> Iterator[Case]:
+        if points[0].batch == 2:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure(points, settings)
 
-    monkeypatch.setattr(running, "measure_case", broken)
+    monkeypatch.setattr(running, "measure_points", broken)
     threads = torch.get_num_threads()
     settings = BenchSettings(**SMALL, batches=(1, 2), dtypes=("fp32",), threads=1)
     with pytest.raises(KeyboardInterrupt):
@@ -129,18 +129,21 @@ def test_compiled_networks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert any(isinstance(network, DiT) for network in compiled) and len(compiled) > 1
 
 
-def test_each_round_starts_with_another_network_and_a_timestep_warms_up() -> None:
+def test_cases_take_turns_each_round_starts_with_another_network_and_a_timestep_warms_up() -> None:
     calls: list[tuple[str, float]] = []
 
     def network(name: str) -> Any:
         return lambda _x, t, _y: calls.append((name, t))
 
-    networks = {name: network(name) for name in "abc"}
     inputs = {t: (torch.zeros(1), torch.zeros(1)) for t in (9.0, 1.0)}
-    rounds = time_calls(networks, inputs, rounds=5, warmup=1, title="t")
-    assert [r.timestep for r in rounds] == [9.0, 9.0, 9.0, 1.0, 1.0]
-    assert ["".join(r.ms) for r in rounds] == ["abc", "bca", "cab", "abc", "bca"]
-    assert len(calls) == 3 * (5 + 2)
+    cases = [({name: network(name) for name in names}, inputs) for names in ("abc", "de")]
+    abc, de = time_calls(cases, rounds=5, warmup=1, title="t")
+    for rounds in (abc, de):
+        assert [r.timestep for r in rounds] == [9.0, 9.0, 9.0, 1.0, 1.0]
+    assert ["".join(r.ms) for r in abc] == ["abc", "bca", "cab", "abc", "bca"]
+    assert ["".join(r.ms) for r in de] == ["de", "ed", "de", "ed", "de"]
+    order = [2 * "abc", 2 * "de", "bca", "ed", "cab", "de", 2 * "abc", 2 * "ed", "bca", "de"]
+    assert "".join(name for name, _ in calls) == "".join(order)
 
 
 def test_timesteps_lie_in_the_middle_of_equal_parts() -> None:
