@@ -61,23 +61,21 @@ def measure_points(points: Sequence[Point], settings: BenchSettings) -> Iterator
         DyditError: counted and analytic MACs differ.
     """
     counted = [_count_point(point, settings) for point in points]
-    networks = [point.variants.networks for point in points]
+    calls = [(point.variants.networks, inputs) for point, (inputs, _) in zip(points, counted, strict=True)]
     batches = ",".join(dict.fromkeys(str(point.batch) for point in points))
-    times = time_calls(
-        list(zip(networks, [inputs for inputs, _ in counted], strict=True)), settings.rounds,
-        warmup=2 if settings.compile else 1, title=f"{points[0].case.dtype}, batch {batches}",
-    )  # fmt: skip
-    for point, (inputs, case), rounds in zip(points, counted, times, strict=True):
-        rows = len(next(iter(inputs.values()))[0])
-        run = None
+    title = f"{points[0].case.dtype}, batch {batches}"
+    times = time_calls(calls, settings.rounds, 2 if settings.compile else 1, title)
+    for point, (_, case_of), rounds in zip(points, counted, times, strict=True):
+        case = case_of(rounds=rounds)
         if settings.whole_run:
-            static = rows * point.static_macs
-            run = time_runs(point.subject, point.variants, settings, point.batch, static)
-        yield case(rounds=rounds, whole_run=run)
+            static_macs = case.rows * point.static_macs
+            run = time_runs(point.subject, point.variants, settings, point.batch, static_macs)
+            case = case.model_copy(update={"whole_run": run})
+        yield case
 
 
 def _count_point(point: Point, settings: BenchSettings) -> tuple[dict[float, Inputs], Callable[..., Case]]:
-    """Latents and labels of a point's calls by timestep; its case, but for what the clock says."""
+    """Latents and labels of a point's calls by timestep; and its case, but for what the clock says."""
     subject, variants = point.subject, point.variants
     first = next(iter(variants.counting.values()))
     calls = subject.calls(first, point.batch)

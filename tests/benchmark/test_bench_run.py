@@ -95,7 +95,16 @@ def test_what_was_measured_is_kept_when_the_rest_fails(
 
 
 @pytest.mark.parametrize(("sweep", "grows"), [("batch", 5), ("tokens", 3), ("depth", 2)])
-def test_a_sweep_measures_static_model_and_engine_along_it(sweep: Any, grows: int, tmp_path: Path) -> None:
+def test_a_sweep_measures_static_model_and_engine_along_it(
+    monkeypatch: pytest.MonkeyPatch, sweep: Any, grows: int, tmp_path: Path
+) -> None:
+    measure = running.measure_points
+
+    def together(points: Sequence[Point], settings: BenchSettings) -> Iterator[Case]:
+        assert len(points) == grows
+        return measure(points, settings)
+
+    monkeypatch.setattr(running, "measure_points", together)
     small = {**SMALL, "rounds": 1, "memory": True}
     settings = BenchSettings(**small, sweep=sweep, dtypes=("fp32",), modes=("exact",), batches=(1,))
     cases = run_benchmark(settings, tmp_path / "bench").cases
