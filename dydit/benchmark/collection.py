@@ -31,10 +31,8 @@ latents keep unit variance, as with a trained model.
 
 Where no instructions stand after a CPU's name, it has AVX-512 with those for bfloat16, the Xeon also AMX.
 AMD EPYC (AVX512), and the Xeon whose instructions are named, are other machines that have them too. The
-float32 figures of AMD EPYC are older than the engine's use of oneDNN's products there
-([engine.md](engine.md#on-the-processor-at-hand)). The bfloat16 figures of that Xeon, but
-for the table of batch 2, are older than the engine's fewer sizes of MLPs with AMX
-([engine.md](engine.md#tokens))."""
+bfloat16 figures of that Xeon, but for the table of batch 2, are older than the engine's fewer sizes of MLPs
+with AMX ([engine.md](engine.md#tokens)); its sweeps were timed case after case, not in turns."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",
