@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dydit.benchmark.order import rotated, spread
 from dydit.benchmark.results import STATIC, Case, Memory, Round
-from dydit.benchmark.settings import BenchSettings, CaseSettings
+from dydit.benchmark.settings import BenchSettings, Dtype
 from dydit.benchmark.subject import Subject, recording_kept
 from dydit.benchmark.variants import Variants
 from dydit.benchmark.whole_run import time_runs
@@ -40,7 +40,6 @@ class Point:
 
     Attributes:
         variants: the networks to compare.
-        case: what the settings said of it.
         batch: images.
         static_macs: of the backbone for one sample (``count_static``).
         memory: measured elsewhere.
@@ -48,7 +47,7 @@ class Point:
 
     subject: Subject
     variants: Variants
-    case: CaseSettings
+    dtype: Dtype
     batch: int
     static_macs: int
     memory: Memory | None = None
@@ -63,7 +62,7 @@ def measure_points(points: Sequence[Point], settings: BenchSettings) -> Iterator
     counted = [_count_point(point, settings) for point in points]
     calls = [(point.variants.networks, inputs) for point, (inputs, _) in zip(points, counted, strict=True)]
     batches = ",".join(dict.fromkeys(str(point.batch) for point in points))
-    title = f"{points[0].case.dtype}, batch {batches}"
+    title = f"{points[0].dtype}, batch {batches}"
     times = time_calls(calls, settings.rounds, 2 if settings.compile else 1, title)
     for point, (_, case_of), rounds in zip(points, counted, times, strict=True):
         case = case_of(rounds=rounds)
@@ -94,7 +93,7 @@ def _count_point(point: Point, settings: BenchSettings) -> tuple[dict[float, Inp
     plan, shape = subject.schedule, subject.model.shape
     return inputs, partial(
         Case,
-        dtype=point.case.dtype, batch=point.batch, rows=rows,
+        dtype=point.dtype, batch=point.batch, rows=rows,
         sample_size=shape.sample_size, tokens=shape.tokens, depth=shape.depth,
         timesteps=timesteps, macs=macs, counted=counted, kept=kept,
         capacity_difference=_difference(outputs),
@@ -137,9 +136,9 @@ def time_calls(
     for index in tqdm(range(rounds), desc=title, unit="round"):
         for (networks, inputs), seen in zip(cases, found, strict=True):
             t = [*inputs][index * len(inputs) // rounds]
+            x, y = inputs[t]
             calls: dict[str, Callable[[], Any]] = {
-                name: partial(networks[name], inputs[t][0], t, inputs[t][1])
-                for name in rotated([*networks], index)
+                name: partial(networks[name], x, t, y) for name in rotated([*networks], index)
             }
             warm = bool(seen) and seen[-1].timestep == t
             ms = measure_interleaved(calls, rounds=1, warmup=0 if warm else warmup)

@@ -51,7 +51,7 @@ def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
         save_benchmark(found, out)
 
     try:
-        for together in _in_turns(settings, cases):
+        for together in _groups(settings, cases):
             _measure(settings, together, save)
     finally:
         torch.set_num_threads(threads)
@@ -65,8 +65,8 @@ def _other_device(settings: BenchSettings) -> str:
     return " --device cpu" if settings.device == "cpu" and torch.cuda.is_available() else ""
 
 
-def _in_turns(settings: BenchSettings, cases: Sequence[CaseSettings]) -> list[list[CaseSettings]]:
-    """Cases whose subjects are in memory together: those of a sweep in one dtype, which is one line of it.
+def _groups(settings: BenchSettings, cases: Sequence[CaseSettings]) -> list[list[CaseSettings]]:
+    """Cases whose subjects are in memory together: those of a sweep in one dtype, else each alone.
 
     Compiled ones never: as many networks would be more graphs than torch.compile makes of one function.
     """
@@ -92,7 +92,7 @@ def _points(settings: BenchSettings, case: CaseSettings) -> list[Point]:
     variants = make_variants(subject, settings)  # first, as it refuses a budget that is too small
     memory = measure_memory(subject, settings, case) if settings.memory and settings.sweep is None else {}
     static = count_static(subject)
-    return [Point(subject, variants, case, batch, static, memory.get(batch)) for batch in case.batches]
+    return [Point(subject, variants, case.dtype, batch, static, memory.get(batch)) for batch in case.batches]
 
 
 def _machine(device: str) -> Machine:

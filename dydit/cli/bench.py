@@ -62,8 +62,8 @@ def bench(
     sweep: Annotated[
         Sweep | None,
         typer.Option(
-            help="Measure against batch size (1 to 16 in place of --batch), tokens or depth; without masked "
-            "model and memory.",
+            help="Measure against batch size (1 to 16 in place of --batch), tokens or depth, with the models "
+            "of a dtype in memory together; without masked model and memory.",
             show_default=False,
         ),
     ] = None,
