@@ -30,9 +30,11 @@ network's output is scaled down and added to the optimal linear noise prediction
 latents keep unit variance, as with a trained model.
 
 Where no instructions stand after a CPU's name, it has AVX-512 with those for bfloat16, the Xeon also AMX.
-AMD EPYC (AVX512), and the Xeon whose instructions are named, are other machines that have them too. The
-bfloat16 figures of that Xeon, but for the table of batch 2, are older than the engine's fewer sizes of MLPs
-with AMX ([engine.md](engine.md#tokens)); its sweeps were timed case after case, not in turns."""
+AMD EPYC (AVX512), and the Xeon whose instructions are named, are other machines that have them too. Machines
+are shared, and memory is what neighbours slow down most: the second Xeon's static DiT-XL/2 in bfloat16 took
+455 to 614 ms per call at batch 2 within two hours (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds 12
+--no-memory`, time after time). Shares of small batches move with it, as what the engine does not narrow,
+adaLN's weights above all, is read from memory in every call."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",
