@@ -22,6 +22,5 @@ def test_what_was_freed_before_a_reset_is_no_part_of_the_peak() -> None:
     left = peak_memory(CPU)  # what other tests of this process had freed is not part of it either
     assert left < full - 50_000_000
     large = torch.ones(20_000_000)
-    assert peak_memory(CPU) > left + 50_000_000
-    assert held_memory(CPU) > left + 50_000_000
+    assert peak_memory(CPU) > held_memory(CPU) - 10_000_000 > left + 50_000_000
     del large
