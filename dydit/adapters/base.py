@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,9 @@ class Adapter(Protocol):
 
     def modulation(self, block: Any, cond: Conditioning) -> Modulation:
         """Shift, scale and gate of a block's two branches."""
+
+    def modulations(self, blocks: Sequence[Any], cond: Conditioning) -> list[Modulation]:
+        """``modulation(block, cond).for_tokens()`` of several blocks, without gradients."""
 
     def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """The layer norms before attention and before the MLP."""

@@ -7,6 +7,7 @@ Labels are never dropped here, also in training mode: that is the data's part, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -111,6 +112,9 @@ class DiffusersDiTAdapter:
         embedder = block.norm1.emb
         vector = _timestep(embedder, cond.sinusoid) + embedder.class_embedder.embedding_table(cond.labels)
         return Modulation(*block.norm1.linear(block.norm1.silu(vector)).chunk(6, dim=1))
+
+    def modulations(self, blocks: Sequence[Any], cond: Conditioning) -> list[Modulation]:
+        return [self.modulation(block, cond).for_tokens() for block in blocks]
 
     def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
         return block.norm1.norm, block.norm3

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from dydit.adapters.base import AttentionParts, MlpParts
-from dydit.models.blocks import Block, Conditioning, Modulation
+from dydit.models.blocks import Block, Conditioning, Modulation, modulations
 from dydit.models.dit import LAYER_PARTS, DiT
 from dydit.shapes import ModelShape
 
@@ -32,6 +34,9 @@ class DiTAdapter:
 
     def modulation(self, block: Block, cond: Conditioning) -> Modulation:
         return block.modulation(cond)
+
+    def modulations(self, blocks: Sequence[Block], cond: Conditioning) -> list[Modulation]:
+        return modulations(blocks, cond)
 
     def norms(self, block: Block) -> tuple[nn.Module, nn.Module]:
         return block.norm1, block.norm2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,22 +49,24 @@ def count_engine(engine: SubnetEngine, x: Tensor, t: float, y: Tensor) -> Engine
 
 @contextmanager
 def record_token_logits(engine: SubnetEngine) -> Iterator[dict[int, Tensor]]:
-    """Block -> its token router's logits in the last call within the context, flattened or (B, N)."""
+    """Block -> its token router's logits (B, N) in the last call within the context."""
     logits: dict[int, Tensor] = {}
 
-    def recorder(block: int) -> Any:
-        def record(_module: Any, _inputs: Any, output: Tensor) -> None:
-            logits[block] = output
+    def recorder(block: int) -> Callable[[Tensor], None]:
+        def record(of_block: Tensor) -> None:
+            logits[block] = of_block.clone()  # the engine writes over it
 
         return record
 
-    routers = ((i, r.token_router) for i, r in enumerate(engine.model.routers))
-    hooks = [router.register_forward_hook(recorder(i)) for i, router in routers if router is not None]
+    blocks: list[Any] = [*engine.blocks]
+    before = [block.on_logits for block in blocks]
+    for i, block in enumerate(blocks):
+        block.on_logits = recorder(i)
     try:
         yield logits
     finally:
-        for hook in hooks:
-            hook.remove()
+        for block, function in zip(blocks, before, strict=True):
+            block.on_logits = function
 
 
 def kept_tokens(engine: SubnetEngine, t: float, rows: int, logits: Mapping[int, Tensor]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,14 @@ class Modulation(NamedTuple):
     scale_mlp: Tensor | None = None
     gate_mlp: Tensor | None = None
 
+    def for_tokens(self) -> Modulation:
+        """The same as (B, 1, D), to broadcast over tokens, with 1 + scale for a scale."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
+            None if row is None else row.unsqueeze(1) for row in self
+        )
+        scale_attn, scale_mlp = (None if scale is None else 1 + scale for scale in (scale_attn, scale_mlp))
+        return Modulation(shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp)
+
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None.
@@ -86,11 +95,28 @@ class ModulationLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x (B, D) to (B, out)."""
-        if torch.compiler.is_compiling():  # for any number of rows
+        if not _transposed(x):
             return super().forward(x)
-        if x.device.type != "cpu" or len(x) not in TRANSPOSED.get(x.dtype, ()):
-            return super().forward(x)
-        return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t().contiguous()
+        return self.columns(x).t().contiguous()
+
+    def columns(self, x: Tensor) -> Tensor:
+        """What rows x (B, D) give, transposed (out, B)."""
+        return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t())
+
+
+def _transposed(x: Tensor) -> bool:
+    """Whether the transposed product is the faster one for rows x."""
+    if torch.compiler.is_compiling():  # for any number of rows
+        return False
+    return x.device.type == "cpu" and x.shape[0] in TRANSPOSED.get(x.dtype, ())
+
+
+def rows_of_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Rows (L, B, out) that each of several ``ModulationLinear`` gives for x (B, D)."""
+    plain = [layer for layer in layers if isinstance(layer, ModulationLinear)]
+    if not _transposed(x) or len(plain) < len(layers):
+        return torch.stack([layer(x) for layer in layers])
+    return torch.stack([layer.columns(x) for layer in plain]).transpose(1, 2).contiguous()
 
 
 class CrossAttention(nn.Module):
@@ -175,6 +201,22 @@ class Block(nn.Module):
         x = add_gated(x, self.attn(modulate(self.norm1(x), m.shift_attn, m.scale_attn)), m.gate_attn)
         x = self.cross(x, cond)
         return add_gated(x, self.mlp(modulate(self.norm2(x), m.shift_mlp, m.scale_mlp)), m.gate_mlp)
+
+
+def modulations(blocks: Sequence[Block], cond: Conditioning) -> list[Modulation]:
+    """``Modulation.for_tokens`` of several blocks of one model at once, without gradients."""
+    design = blocks[0].conditioning
+    if design not in MODULATION_ROWS:
+        return [block.modulation(cond).for_tokens() for block in blocks]
+    assert cond.vector is not None
+    rows = MODULATION_ROWS[design]
+    layers = [block.adaLN_modulation[1] for block in blocks]
+    found = rows_of_layers(layers, F.silu(cond.vector)).unflatten(2, (rows, 1, -1))  # (L, B, rows, 1, D)
+    found[:, :, 1 :: rows // 2] += 1  # the scales, each after its shift
+    made = [of_block.unbind(1) for of_block in found.unbind()]
+    if design == "adaln_zero":
+        return [Modulation(*parts) for parts in made]
+    return [Modulation(a, b, None, c, d, None) for a, b, c, d in made]
 
 
 class FinalLayer(nn.Module):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +36,7 @@ class Cut:
 
 
 @dataclass
-class _Entry:
+class Entry:
     """Slots of ``size`` bytes, and the packing they hold.
 
     ``users`` is how many are reading it. Memory must not be written over before they have ended; on a GPU,
@@ -67,7 +66,7 @@ class PackCache:
     def __init__(self) -> None:
         self.budget: float = 0
         self.bytes = self.copied = self.evictions = 0
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._changed = threading.Condition()
 
     def reset(self, budget: float) -> None:
@@ -80,29 +79,34 @@ class PackCache:
             self._entries.clear()
             self.budget, self.bytes = budget, 0
 
-    @contextmanager
-    def using(self, cuts: Sequence[Cut]) -> Iterator[tuple[list[Any], bool]]:
-        """The packings of ``cuts``, to read within the ``with``; and whether any had to be made.
+    def take(self, cuts: Sequence[Cut]) -> tuple[list[Entry], bool]:
+        """Entries with the packings of ``cuts``, to read until ``give_back``; and whether any had to be made.
 
         All of them at once, so that no two threads wait for each other.
 
         Raises:
             ConfigError: the budget is too small for them.
         """
-        check_budget(self.budget, sum(cut.size for cut in cuts))
         with self._changed:
-            self._changed.wait_for(lambda: self._can_have(cuts))
-            made = self._make(cuts)
-            entries = [self._entries[cut.key] for cut in cuts]
-            for entry in entries:
+            entries = [self._entries.get(cut.key) for cut in cuts]
+            made = any(e is None or e.mask != cut.mask for e, cut in zip(entries, cuts, strict=True))
+            if made:
+                check_budget(self.budget, sum(cut.size for cut in cuts))
+                self._changed.wait_for(lambda: self._can_have(cuts))
+                made = self._make(cuts)  # another thread may have, meanwhile
+            taken = [self._entries[cut.key] for cut in cuts]
+            for cut, entry in zip(cuts, taken, strict=True):
+                entry.ready.on_this_stream()
+                self._entries.move_to_end(cut.key)
                 entry.users += 1
-        try:
-            yield [entry.packed for entry in entries], made
-        finally:
-            with self._changed:
-                for entry in entries:
-                    entry.users -= 1
-                self._changed.notify_all()
+        return taken, made
+
+    def give_back(self, entries: Sequence[Entry]) -> None:
+        """The end of reading."""
+        with self._changed:
+            for entry in entries:
+                entry.users -= 1
+            self._changed.notify_all()
 
     def _can_have(self, cuts: Sequence[Cut]) -> bool:
         """Whether nobody is reading what would have to be written over or dropped."""
@@ -119,17 +123,16 @@ class PackCache:
         for cut in cuts:
             if cut.key not in self._entries:
                 self._make_room(cut.size, {cut.key for cut in cuts})
-                self._entries[cut.key] = _Entry(cut.make(), cut.size)
+                self._entries[cut.key] = Entry(cut.make(), cut.size)
                 self.bytes += cut.size
             entry = self._entries[cut.key]
             if entry.mask != cut.mask:
                 self._fill(entry, cut)
                 made = True
-            entry.ready.on_this_stream()
             self._entries.move_to_end(cut.key)
         return made
 
-    def _fill(self, entry: _Entry, cut: Cut) -> None:
+    def _fill(self, entry: Entry, cut: Cut) -> None:
         self.evictions += entry.mask is not None
         entry.mask = None  # in case that the copy fails
         entry.packed, copied = entry.slots.fill(cut.order)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,10 +21,11 @@ from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.precision import converted_copy
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
+from dydit.runtime.on_cpu import BlockOnCpu
 from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, Stages, filled_up
 from dydit.runtime.subnetwork import BlockAtTimestep, Subnetwork
-from dydit.runtime.workspace import Workspace, Workspaces
+from dydit.runtime.workspace import Workspaces
 
 Mode = Literal["exact", "capacity"]
 RUNS_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,7 +82,8 @@ class SubnetEngine(nn.Module):
         weights = [(adapter.attention(block), adapter.mlp(block)) for block in blocks]
         self._packs = SchedulePacks(weights, schedule, memory_budget)
         self._compile, self._graphs, self._workspaces = compile, CudaGraphs(), Workspaces()
-        self.blocks = nn.ModuleList(self._sliced_blocks(compiled_stages() if compile else STAGES))
+        sliced = [*self._sliced_blocks(compiled_stages() if compile else STAGES)]
+        self.blocks, self._blocks_on_cpu = nn.ModuleList(sliced), [BlockOnCpu(block) for block in sliced]
         self.register_load_state_dict_pre_hook(_take_no_weights)
 
     @property
@@ -229,25 +230,34 @@ class SubnetEngine(nn.Module):
     def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone
         tokens, cond = adapter.embed(backbone, x, t, y)
-        tokens, fill_up = tokens.contiguous(), self._fills_up  # the token path works on its rows in place
-        with self._workspace() as workspace:
-            for i in range(len(self.blocks)):
-                tokens = self._run_block(position, i, tokens, cond, fill_up, workspace)
-        return adapter.decode(backbone, tokens, cond)
+        tokens = tokens.contiguous()  # the token path works on its rows in place
+        run = self._on_cpu if self._is_on_cpu(tokens) else self._anywhere
+        return adapter.decode(backbone, run(position, tokens, cond), cond)
 
-    def _run_block(
-        self, position: int, i: int, x: Tensor, cond: Conditioning, fill_up: bool, workspace: Workspace | None
-    ) -> Tensor:
-        # A function of its own, so that no name holds the slices when the next block's are made.
-        with self._packs.use(position, i) as packed:
-            return self.blocks[i](x, cond, packed, self._capacity(position, i), fill_up, workspace)
+    def _anywhere(self, position: int, tokens: Tensor, cond: Conditioning) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            with self._packs.use(position, i) as packed:
+                tokens = block(tokens, cond, packed, self._capacity(position, i), self._fills_up)
+            del packed  # else the name would hold the slices while the next block's are made
+        return tokens
 
-    def _workspace(self) -> AbstractContextManager[Workspace | None]:
-        """Memory for what blocks compute on their way, on the CPU; elsewhere PyTorch sees to it."""
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        if self._compile or not on_cpu or torch.is_autocast_enabled("cpu"):
-            return nullcontext()
-        return self._workspaces.one()
+    def _on_cpu(self, position: int, tokens: Tensor, cond: Conditioning) -> Tensor:
+        adapter, fill_up = self.model.adapter, self._fills_up
+        # All of them before: between blocks, weights that are read once would push tokens out of the caches.
+        modulations = adapter.modulations([*adapter.blocks(self.model.backbone)], cond)
+        with self._workspaces.one() as workspace:
+            for i, (block, m) in enumerate(zip(self._blocks_on_cpu, modulations, strict=True)):
+                with self._packs.use(position, i) as packed:
+                    capacity = self._capacity(position, i)
+                    tokens = block(tokens, cond, m, packed, capacity, fill_up, workspace)
+                del packed  # else the name would hold the slices while the next block's are made
+        return tokens
+
+    def _is_on_cpu(self, tokens: Tensor) -> bool:
+        """Whether blocks run in the form for CPUs. fvcore counts the other, of which it knows every part."""
+        if self._compile or tokens.device.type != "cpu":
+            return False
+        return not (torch.is_autocast_enabled("cpu") or torch.jit.is_tracing())
 
     @property
     def _fills_up(self) -> bool:

@@ -6,6 +6,7 @@ Each takes a ``workspace``: memory for what it computes on its way, and for its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
 SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
+# oneDNN's product with what follows it; PyTorch has no public name for it, and on some platforms nothing.
+_POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 def sliced_attention(packed: PackedBlock, x: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -43,9 +46,14 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, workspace: Workspace | None 
     (``tools/measure_products.py``). Not in compiled code, whose sizes are symbolic.
     """
     N = q.shape[2]
-    half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    in_products = half_on_cpu and HAS_BF16 and not HAS_AMX and not torch.compiler.is_compiling()
-    if not in_products or N * N > SCORES:
+    if (
+        not HAS_BF16
+        or HAS_AMX
+        or q.dtype != torch.bfloat16
+        or N * N > SCORES
+        or q.device.type != "cpu"
+        or torch.compiler.is_compiling()
+    ):
         return F.scaled_dot_product_attention(q, k, v)
     return _attention_in_products(q, k, v, SCORES // (N * N), workspace)
 
@@ -103,10 +111,15 @@ def linear(
         result = F.linear(x, weight, bias)
         return result if act is None else act(result)
     gelu = act.approximate if isinstance(act, nn.GELU) else None
-    if not any_size and in_one_kernel(x, weight) and (act is None or gelu):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
+    if not any_size and in_one_kernel(x, weight):
+        if act is None:
+            return _POINTWISE(x, weight, bias, "none", [], "")
+        if gelu:
+            return _POINTWISE(x, weight, bias, "gelu", [], gelu)
+        if isinstance(act, nn.ReLU):
+            return _POINTWISE(x, weight, bias, "relu", [], "")
     rows = x.view(-1, x.shape[-1])
-    out = workspace.empty((len(rows), len(weight)), x.dtype)
+    out = workspace.empty((rows.shape[0], weight.shape[0]), x.dtype)
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
@@ -121,8 +134,7 @@ def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product, which adds the bias and applies GELU on its way, is what to take.
 
     Where it is faster (``processor.IN_ONE_KERNEL``), but for rows of any number: it makes and keeps a kernel
-    for each, which BLAS does not. It takes new memory. Inductor uses it too; PyTorch has no public name for
-    it.
+    for each, which BLAS does not. It takes new memory. Inductor uses it too.
     """
     if x.dtype not in IN_ONE_KERNEL or not torch.backends.mkldnn.enabled:
         return False

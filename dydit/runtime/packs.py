@@ -103,10 +103,11 @@ class SchedulePacks:
         Args:
             counted: whether slices that are there count as hits.
         """
-        parts, new_view = self._parts(position, block)
-        with self._cache.using([part for part in parts if isinstance(part, Cut)]) as (copies, copied):
-            made = iter(copies)
-            attention, mlp = (next(made) if isinstance(part, Cut) else part for part in parts)
+        parts, cuts, new_view = self._parts(position, block)
+        entries, copied = self._cache.take(cuts)
+        try:
+            made = iter(entries)
+            attention, mlp = (next(made).packed if isinstance(part, Cut) else part for part in parts)
             packed = PackedBlock.of(attention, mlp)
             missed = copied or new_view
             with self._lock:
@@ -114,6 +115,8 @@ class SchedulePacks:
                 self._views += missed and not packed.copied_bytes
                 self._hits += counted and not missed
             yield packed
+        finally:
+            self._cache.give_back(entries)
 
     def take(self, position: int, block: int) -> PackedBlock:
         """Slices as ``use`` has them, in memory of their own that does not count against the budget."""
@@ -193,12 +196,15 @@ class SchedulePacks:
     def _start(self, budget: float) -> None:
         """With nothing packed."""
         self._known: dict[tuple[int, int, int], Cut | View] = {}
+        self._parts_of: dict[tuple[int, int], tuple[list[Cut | View], list[Cut]]] = {}
         self._prepared: set[int] = set()  # positions after which the next was
         self._side = None  # the weights may go to another device
         self._cache.reset(budget)
 
-    def _parts(self, position: int, block: int) -> tuple[list[Any], bool]:
-        """A block's attention and MLP; and whether one is a view that was made only now."""
+    def _parts(self, position: int, block: int) -> tuple[list[Any], list[Cut], bool]:
+        """A block's attention and MLP; those of them that are cuts; and whether one is a view, new."""
+        if (position, block) in self._parts_of:
+            return *self._parts_of[position, block], False
         found, new_view = [], False
         for index, kind in enumerate(self._kinds):
             number = kind.number(position, block)
@@ -208,7 +214,9 @@ class SchedulePacks:
                     self._known[key] = kind.part(block, number, (index, block), self._one_for_all)
                     new_view |= not isinstance(self._known[key], Cut)
                 found.append(self._known[key])
-        return found, new_view
+        cuts = [part for part in found if isinstance(part, Cut)]
+        self._parts_of[position, block] = found, cuts
+        return found, cuts, new_view
 
 
 @dataclass(frozen=True)

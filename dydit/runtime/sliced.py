@@ -17,7 +17,6 @@ from dydit.routing.gates import logit
 from dydit.routing.tokens import top_tokens
 from dydit.runtime.layers import sliced_attention, sliced_mlp
 from dydit.runtime.packing import PackedBlock
-from dydit.runtime.workspace import Workspace, over, space
 
 SIZES_PER_OCTAVE = 8 if HAS_AMX else 16  # kernels for AMX take more memory, and more of them save no time
 
@@ -66,8 +65,9 @@ class SlicedBlock(nn.Module):
         stages: Stages | None = None,
     ) -> None:
         super().__init__()
-        self._parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
-        self._token_logit = logit(token_threshold)
+        self.parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
+        self.token_logit = logit(token_threshold)
+        self.on_logits: Callable[[Tensor], None] | None = None
         self._stages = STAGES if stages is None else stages
         self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
@@ -78,7 +78,6 @@ class SlicedBlock(nn.Module):
         packed: PackedBlock,
         capacity: int | None = None,
         fill_up: bool = False,
-        workspace: Workspace | None = None,
     ) -> Tensor:
         """Tokens x (B, N, D) to tokens (B, N, D).
 
@@ -88,66 +87,48 @@ class SlicedBlock(nn.Module):
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
             fill_up: whether the MLP of some tokens is to run on ``filled_up`` many.
-            workspace: memory for what is computed on the way; None: new memory. Not for compiled stages.
         """
-        stages, room = self._stages, {"workspace": workspace} if workspace is not None else {}
-        if torch.jit.is_tracing():  # fvcore counts what it can trace: no compiled code, no ``out``
-            stages, room = STAGES, {}
-        x, m, logits = stages.attend(self, x, cond, packed, **room)
+        stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
+        x, m, logits = stages.attend(self, x, cond, packed)
+        if logits is not None and self.on_logits is not None:
+            self.on_logits(logits)
         B, N, _ = x.shape
         if logits is None or capacity == N:
-            return stages.mlp_of_all(self, x, m, packed, **room)
+            return stages.mlp_of_all(self, x, m, packed)
         if capacity == 0:
             return x
         if capacity is None:
-            kept = (logits.flatten() > self._token_logit).nonzero().squeeze(1)  # (K,)
+            kept = (logits.flatten() > self.token_logit).nonzero().squeeze(1)  # (K,)
         elif fill_up:
             kept = top_rows(logits, capacity)
         else:
-            return stages.mlp_of_top(self, x, m, packed, logits, capacity, **room)
+            return stages.mlp_of_top(self, x, m, packed, logits, capacity)
         if len(kept) == B * N:
-            return stages.mlp_of_all(self, x, m, packed, **room)
+            return stages.mlp_of_all(self, x, m, packed)
         if not len(kept):
             return x
         # The last token again and again, as rows ascend.
         rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept)), value=B * N - 1) if fill_up else None
-        return stages.mlp_of_kept(self, x, m, packed, kept, rows, **room)
+        return stages.mlp_of_kept(self, x, m, packed, kept, rows)
 
     def attend(
-        self, x: Tensor, cond: Conditioning, packed: PackedBlock, workspace: Workspace | None = None
+        self, x: Tensor, cond: Conditioning, packed: PackedBlock
     ) -> tuple[Tensor, Modulation, Tensor | None]:
-        """The block up to its MLP: tokens (B, N, D), modulation, token logits (B, N).
-
-        With a workspace x itself is written over, else the tokens are a tensor of their own.
-        """
-        adapter, block, router = self._parts
-        _restart(workspace)
+        """The block up to its MLP: tokens (B, N, D) of their own, modulation, token logits (B, N)."""
+        adapter, block, router = self.parts
         m = adapter.modulation(block, cond)
-        normed = adapter.norms(block)[0](x)
-        normed = modulate(normed, m.shift_attn, m.scale_attn, out=over(workspace, normed))
-        branch = self.sliced_attention(packed, normed, workspace)
-        x = add_gated(x, branch, m.gate_attn, out=over(workspace, x))
+        normed = modulate(adapter.norms(block)[0](x), m.shift_attn, m.scale_attn)
+        x = add_gated(x, self.sliced_attention(packed, normed), m.gate_attn)
         x = adapter.cross(block, x, cond)
         return x, m, None if router is None else router(x)
 
-    def mlp_of_all(
-        self, x: Tensor, m: Modulation, packed: PackedBlock, workspace: Workspace | None = None
-    ) -> Tensor:
+    def mlp_of_all(self, x: Tensor, m: Modulation, packed: PackedBlock) -> Tensor:
         """The MLP's branch of every token."""
-        _restart(workspace)
-        normed = self._norm(x)
-        normed = modulate(normed, m.shift_mlp, m.scale_mlp, out=over(workspace, normed))
-        update = self.sliced_mlp(packed, self._act, normed, workspace)
-        return add_gated(x, update, m.gate_mlp, out=over(workspace, x))
+        normed = modulate(self._norm(x), m.shift_mlp, m.scale_mlp)
+        return add_gated(x, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
 
     def mlp_of_kept(
-        self,
-        x: Tensor,
-        m: Modulation,
-        packed: PackedBlock,
-        kept: Tensor,
-        rows: Tensor | None = None,
-        workspace: Workspace | None = None,
+        self, x: Tensor, m: Modulation, packed: PackedBlock, kept: Tensor, rows: Tensor | None = None
     ) -> Tensor:
         """The MLP's branch of the tokens at ``kept`` (K,) of the flattened batch, added to x in place.
 
@@ -158,90 +139,37 @@ class SlicedBlock(nn.Module):
                 alone.
         """
         B, N, D = x.shape
-        _restart(workspace)
         any_size, flat = rows is None, x.view(B * N, D)
         rows = kept if rows is None else rows
-        of_rows = Rows(rows, B, N, workspace)
-        gathered = _gather(flat, rows, workspace)
-        tokens = of_rows.modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp)
-        update = self.sliced_mlp(packed, self._act, tokens, workspace, any_size)
-        update = of_rows.gate(update, m.gate_mlp)
+        sample = rows // N
+        shift, scale, gate = (
+            None if row is None else _gather(row, sample) for row in (m.shift_mlp, m.scale_mlp, m.gate_mlp)
+        )
+        tokens = _gather(flat, rows).unsqueeze(1)  # (K', 1, D), like so many samples
+        normed = modulate(self._norm(tokens), shift, scale)
+        updated = add_gated(tokens, self.sliced_mlp(packed, self._act, normed, None, any_size), gate)
         if not any_size:
-            gathered, update = gathered[: len(kept)], update[: len(kept)]
-        return _add_rows(flat, kept, gathered, update, workspace).view(B, N, D)
+            updated = updated[: len(kept)]
+        return _put_rows(flat, kept, updated).view(B, N, D)
 
-    def mlp_of_top(
-        self,
-        x: Tensor,
-        m: Modulation,
-        packed: PackedBlock,
-        logits: Tensor,
-        k: int,
-        workspace: Workspace | None = None,
-    ) -> Tensor:
+    def mlp_of_top(self, x: Tensor, m: Modulation, packed: PackedBlock, logits: Tensor, k: int) -> Tensor:
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""
         B, N, D = x.shape
-        _restart(workspace)
         rows, flat = top_rows(logits, k), x.view(B * N, D)
-        gathered = _gather(flat, rows, workspace).view(B, k, D)
-        tokens = modulate(self._norm(gathered), m.shift_mlp, m.scale_mlp, out=over(workspace, gathered))
-        update = self.sliced_mlp(packed, self._act, tokens, workspace, True)
-        if m.gate_mlp is not None:
-            update = torch.mul(update, m.gate_mlp.unsqueeze(1), out=space(workspace, update, *update.shape))
-        return _add_rows(flat, rows, gathered.view(-1, D), update.view(-1, D), workspace).view(B, N, D)
+        tokens = _gather(flat, rows).view(B, k, D)
+        normed = modulate(self._norm(tokens), m.shift_mlp, m.scale_mlp)
+        updated = add_gated(tokens, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
+        return _put_rows(flat, rows, updated).view(B, N, D)
 
     @property
     def _norm(self) -> nn.Module:
-        adapter, block, _ = self._parts
+        adapter, block, _ = self.parts
         return adapter.norms(block)[1]
 
     @property
     def _act(self) -> Callable[[Tensor], Tensor]:
-        adapter, block, _ = self._parts
+        adapter, block, _ = self.parts
         return adapter.mlp(block).act
-
-
-class Rows:
-    """Modulation and gate, one row per sample, of some tokens of a flattened batch.
-
-    In a workspace, which is on the CPU, of the tokens of one sample after those of another; else each token
-    gathers its own row, and no shape depends on the data.
-
-    Args:
-        rows: of the tokens (K,), in ascending order.
-        samples: B.
-        tokens: N, of a sample.
-        workspace: memory for results.
-    """
-
-    def __init__(self, rows: Tensor, samples: int, tokens: int, workspace: Workspace | None) -> None:
-        self._workspace, self._sample = workspace, rows // tokens
-        self._counts = [] if workspace is None else self._sample.bincount(minlength=samples).tolist()
-
-    def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-        """x·(1 + scale) + shift over x (K, D), with shift and scale (B, D) or None; may write over x."""
-        if shift is None or scale is None:
-            return x
-        if self._workspace is None:
-            return torch.addcmul(self._of_each(shift), x, self._of_each(1 + scale))
-        for part, own_shift, own_scale in zip(x.split(self._counts), shift, 1 + scale, strict=True):
-            torch.addcmul(own_shift, part, own_scale, out=part)
-        return x
-
-    def gate(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """gate·x over x (K, D), with gate (B, D) or None."""
-        if gate is None:
-            return x
-        if self._workspace is None:
-            return self._of_each(gate) * x
-        gated = self._workspace.empty(x.shape, x.dtype)
-        for part, row, out in zip(x.split(self._counts), gate, gated.split(self._counts), strict=True):
-            torch.mul(part, row, out=out)
-        return gated
-
-    def _of_each(self, of_samples: Tensor) -> Tensor:
-        """Of each token (K, D), what its sample has (B, D)."""
-        return _gather(of_samples, self._sample, None)
 
 
 def top_rows(logits: Tensor, k: int) -> Tensor:
@@ -251,29 +179,19 @@ def top_rows(logits: Tensor, k: int) -> Tensor:
     return (top_tokens(logits, k) + first).flatten()
 
 
-def _restart(workspace: Workspace | None) -> None:
-    if workspace is not None:
-        workspace.restart()
-
-
-def _gather(x: Tensor, rows: Tensor, workspace: Workspace | None) -> Tensor:
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """x (K, D) at ``rows`` (K',)."""
-    return torch.index_select(x, 0, rows, out=space(workspace, x, rows.shape[0], x.shape[1]))
+    return torch.index_select(x, 0, rows)
 
 
-def _add_rows(
-    flat: Tensor, rows: Tensor, gathered: Tensor, update: Tensor, workspace: Workspace | None
-) -> Tensor:
-    """flat (B·N, D) with ``update`` (K, D) added at ``rows`` (K,), each row once, in place.
+def _put_rows(flat: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """flat (B·N, D) with ``tokens`` (…, D) at ``rows`` (K,), in place.
 
-    Args:
-        gathered: flat at ``rows``. In a workspace it may be written over since.
+    Compiled, this stores what the kernel that makes the tokens gives; adding to the rows would take one value
+    after another, atomically (float32), or memory of its own (bfloat16).
     """
-    if workspace is not None:
-        return flat.index_add_(0, rows, update)
-    # Compiled, the sum is part of the kernel that stores it; index_add would add one value after another,
-    # atomically (float32), or in memory of its own (bfloat16). Under autocast it is float32, as the residual.
-    return flat.index_copy_(0, rows, (gathered + update).to(flat.dtype))
+    # Under autocast tokens are float32, as the residual is.
+    return flat.index_copy_(0, rows, tokens.reshape(-1, flat.shape[1]).to(flat.dtype))
 
 
 @dataclass(frozen=True)

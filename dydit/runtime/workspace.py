@@ -28,26 +28,35 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory, self._used = _memory(0), 0
+        self._typed: dict[torch.dtype, Tensor] = {}  # the memory as numbers of a type
 
     def restart(self) -> None:
         """A stage begins: tensors of the last one may be written over."""
         needed, self._used = self._used, 0
         if needed > len(self._memory):
-            self._memory = _memory(0)  # first the old one goes
-            self._memory = _memory(needed + needed // 8)
+            self._memory, self._typed = _memory(0), {}  # first the old one goes
+            self._memory = _memory(needed + needed // (8 * ALIGNMENT) * ALIGNMENT)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor, not initialised, that holds until the next stage."""
-        start, size = self._used, math.prod(shape) * dtype.itemsize
-        self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        if self._used > len(self._memory):
+        start, numbers = self._used, math.prod(shape)
+        self._used += -(-numbers * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if self._used > self._memory.nbytes:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        return self._memory[start : start + size].view(dtype).view(shape)
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = _numbers(self._memory, dtype)
+        return typed.narrow(0, start // dtype.itemsize, numbers).view(shape)
 
 
 @torch.inference_mode(False)  # else it could not be written to outside of it
 def _memory(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+@torch.inference_mode(False)
+def _numbers(memory: Tensor, dtype: torch.dtype) -> Tensor:
+    return memory.view(dtype)
 
 
 class Workspaces:
@@ -75,8 +84,3 @@ class Workspaces:
 def space(workspace: Workspace | None, like: Tensor, *shape: int) -> Tensor | None:
     """What a torch function takes as ``out``: memory in the workspace; None, for new memory, without one."""
     return None if workspace is None else workspace.empty(shape, like.dtype)
-
-
-def over(workspace: Workspace | None, tensor: Tensor) -> Tensor | None:
-    """``out`` for a function that, where there is a workspace, may write over its input ``tensor``."""
-    return None if workspace is None else tensor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,8 +46,17 @@ def values(packed: PackedMlp) -> list[int]:
     return packed.fc2[0].flatten().int().tolist()
 
 
+@contextmanager
+def reading(cache: PackCache, cuts: Sequence[Cut]) -> Iterator[tuple[list[PackedMlp], bool]]:
+    entries, made = cache.take(cuts)
+    try:
+        yield [entry.packed for entry in entries], made
+    finally:
+        cache.give_back(entries)
+
+
 def ask(cache: PackCache, *cuts: Cut) -> tuple[list[list[int]], bool]:
-    with cache.using(cuts) as (packed, made):
+    with reading(cache, cuts) as (packed, made):
         return [values(p) for p in packed], made
 
 
@@ -85,7 +95,7 @@ def test_the_budget_is_never_exceeded(requests: list[tuple[int, int]]) -> None:
 
     for key, size in requests:
         order = np.arange(size)
-        with cache.using([Cut((key, size), size, size, order, partial(make, size))]) as ((packed,), _):
+        with reading(cache, [Cut((key, size), size, size, order, partial(make, size))]) as ((packed,), _):
             assert values(packed) == order.tolist()
         held = max(held, cache.bytes)
     assert held <= 10
@@ -107,7 +117,7 @@ def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
 )
 def test_what_is_being_read_stays_until_it_was(other: Cut) -> None:
     cache = make_cache(4)
-    with cache.using([cut("a", [1, 2, 7], capacity=3)]) as ((packed,), _):
+    with reading(cache, [cut("a", [1, 2, 7], capacity=3)]) as ((packed,), _):
         thread, found = in_thread(lambda: ask(cache, other))
         time.sleep(0.1)
         assert not found and values(packed) == [1, 2, 7]
@@ -126,7 +136,7 @@ def test_threads_never_see_another_mask() -> None:
             keys = rng.choice(4, 2, replace=False)
             orders = [rng.permutation(10)[: rng.integers(1, 4)].tolist() for _ in keys]
             wanted = [cut(f"k{key}", order, capacity=4) for key, order in zip(keys, orders, strict=True)]
-            with cache.using(wanted) as (packed, _):
+            with reading(cache, wanted) as (packed, _):
                 assert [values(p) for p in packed] == orders
                 time.sleep(0)
                 assert [values(p) for p in packed] == orders
@@ -146,7 +156,7 @@ def test_a_failed_packing_leaves_the_cache_usable() -> None:
     with pytest.raises(MemoryError):
         ask(cache, Cut("key", good.mask, 1, good.order, fail))
     assert ask(cache, good) == ([[1]], True)
-    with pytest.raises(RuntimeError), cache.using([good]):
+    with pytest.raises(RuntimeError), reading(cache, [good]):
         raise RuntimeError  # the reader's own
     assert ask(cache, cut("key", [2])) == ([[2]], True)  # nobody is reading any more
 

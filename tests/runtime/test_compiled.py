@@ -139,12 +139,12 @@ def test_generated_code_computes_the_same(mode: Mode) -> None:
 
 
 def test_half_precision_compiles_too(counter: Any) -> None:
-    """The same operations in the same precision, without a batch filled up."""
+    """The same precision, rounded in other places, and without a batch filled up."""
     fast, eager = engines("adaln_zero", "exact", torch.bfloat16)
     x, y = small_inputs(fast.shape)
     for t in STEPS[:2]:
         seen, expected = fast(x.bfloat16(), t, y), eager(x.bfloat16(), t, y)
-        assert seen.dtype == torch.bfloat16 and relative_error(seen.float(), expected.float()) < 1e-2
+        assert seen.dtype == torch.bfloat16 and relative_error(seen.float(), expected.float()) < 3e-2
     assert counter.frame_count > 0
 
 

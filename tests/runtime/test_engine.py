@@ -8,6 +8,7 @@ import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
 from torch import Tensor
 
+from dydit.compute.engine import record_token_logits
 from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError, DataError, ScheduleError, ShapeError
@@ -23,18 +24,9 @@ def engine_of(model: DyDiT, **options: object) -> SubnetEngine:
 
 def decided_tokens(engine: SubnetEngine, x: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
     """The engine's output, and the token gates (B, L, N) that it decided on."""
-    gates: list[Tensor] = []
-    hooks = [
-        routers.token_router.register_forward_hook(lambda _m, _i, logits: gates.append(logits > 0))
-        for routers in engine.model.routers
-        if routers.token_router is not None
-    ]
-    try:
+    with record_token_logits(engine) as logits:
         output = engine(x, t, y)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return output, torch.stack([g.view(len(x), -1) for g in gates], dim=1).float()
+    return output, torch.stack([logits[i] > 0 for i in sorted(logits)], dim=1).float()
 
 
 @pytest.mark.parametrize("t", [500.0, 500, torch.tensor(500.0), torch.tensor(500), torch.tensor([500, 500])])

@@ -12,7 +12,7 @@ from dydit.export.schedule import SubnetSchedule
 from dydit.runtime import layers
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.layers import linear
-from dydit.runtime.workspace import ALIGNMENT, Workspace, Workspaces, over, space
+from dydit.runtime.workspace import ALIGNMENT, Workspace, Workspaces, space
 
 
 def test_tensors_of_a_stage_lie_behind_each_other() -> None:
@@ -73,10 +73,8 @@ def test_memory_that_there_is_not_is_not_asked_for_again(monkeypatch: pytest.Mon
 
 def test_without_a_workspace_torch_makes_the_memory() -> None:
     tensor = torch.ones(2)
-    assert space(None, tensor, 3) is None and over(None, tensor) is None
-    workspace = Workspace()
-    assert over(workspace, tensor) is tensor
-    made = space(workspace, tensor.half(), 3, 4)
+    assert space(None, tensor, 3) is None
+    made = space(Workspace(), tensor.half(), 3, 4)
     assert made is not None and (made.dtype, made.shape) == (torch.float16, (3, 4))
 
 
