@@ -235,9 +235,10 @@ class SubnetEngine(nn.Module):
         return adapter.decode(backbone, run(position, tokens, cond), cond)
 
     def _anywhere(self, position: int, tokens: Tensor, cond: Conditioning) -> Tensor:
+        fill_up = self._fills_up
         for i, block in enumerate(self.blocks):
             with self._packs.use(position, i) as packed:
-                tokens = block(tokens, cond, packed, self._capacity(position, i), self._fills_up)
+                tokens = block(tokens, cond, packed, self._capacity(position, i), fill_up)
             del packed  # else the name would hold the slices while the next block's are made
         return tokens
 

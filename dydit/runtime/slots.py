@@ -146,7 +146,7 @@ def _copy(copies: Sequence[tuple[Tensor, Tensor]], components: np.ndarray, slots
     if device.type != "cuda":
         for component, slot in zip(components.tolist(), slots.tolist(), strict=True):
             for source, target in copies:
-                target[slot].copy_(_quick_to_copy(source[component]))
+                target[slot].unsqueeze(0).copy_(_quick_to_copy(source[component]))
         return
     # One kernel for all components of one tensor; from pinned memory nothing waits for the indices. On a GPU
     # each mask has slots of its own (``SchedulePacks``), which are filled once, from the first to the last.
@@ -161,7 +161,10 @@ def _select(copies: Sequence[tuple[Tensor, Tensor]], components: Tensor) -> None
 
 
 def _quick_to_copy(component: Tensor) -> Tensor:
-    """The same, contiguous where it was transposed: torch transposes such tensors in blocks."""
+    """The same as a stack of one, of rows that lie behind each other where it was transposed.
+
+    torch would transpose a matrix in one thread, but a stack in all.
+    """
     if component.ndim == 2 and component.stride(0) == 1:
-        return component.t().contiguous().t()
-    return component
+        component = component.t().contiguous().t()
+    return component.unsqueeze(0)
