@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,22 +52,11 @@ def count_engine(engine: SubnetEngine, x: Tensor, t: float, y: Tensor) -> Engine
 def record_token_logits(engine: SubnetEngine) -> Iterator[dict[int, Tensor]]:
     """Block -> its token router's logits (B, N) in the last call within the context."""
     logits: dict[int, Tensor] = {}
-
-    def recorder(block: int) -> Callable[[Tensor], None]:
-        def record(of_block: Tensor) -> None:
-            logits[block] = of_block.clone()  # the engine writes over it
-
-        return record
-
-    blocks: list[Any] = [*engine.blocks]
-    before = [block.on_logits for block in blocks]
-    for i, block in enumerate(blocks):
-        block.on_logits = recorder(i)
-    try:
+    blocks: Any = engine.blocks
+    with ExitStack() as stack:
+        for i, block in enumerate(blocks):
+            stack.enter_context(block.listening(partial(logits.__setitem__, i)))
         yield logits
-    finally:
-        for block, function in zip(blocks, before, strict=True):
-            block.on_logits = function
 
 
 def kept_tokens(engine: SubnetEngine, t: float, rows: int, logits: Mapping[int, Tensor]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,26 +64,18 @@ class Modulation(NamedTuple):
         return Modulation(shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp)
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None.
-
-    Args:
-        out: memory (B, N, D) for the result, where there is something to modulate by; None: new memory.
-    """
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x·(1 + scale) + shift over tokens x (B, N, D), with shift and scale (B, D) or None."""
     if shift is None or scale is None:
         return x
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1), out=out)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Residual x + gate·branch over (B, N, D), with gate (B, D) or None.
-
-    Args:
-        out: memory (B, N, D) for the result; None: new memory.
-    """
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """Residual x + gate·branch over (B, N, D), with gate (B, D) or None."""
     if gate is None:
-        return torch.add(x, branch, out=out)
-    return torch.addcmul(x, gate.unsqueeze(1), branch, out=out)
+        return x + branch
+    return torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 class ModulationLinear(nn.Linear):
@@ -111,12 +103,11 @@ def _transposed(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[0] in TRANSPOSED.get(x.dtype, ())
 
 
-def rows_of_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def rows_of_layers(layers: Sequence[Any], x: Tensor) -> Tensor:
     """Rows (L, B, out) that each of several ``ModulationLinear`` gives for x (B, D)."""
-    plain = [layer for layer in layers if isinstance(layer, ModulationLinear)]
-    if not _transposed(x) or len(plain) < len(layers):
+    if not _transposed(x):
         return torch.stack([layer(x) for layer in layers])
-    return torch.stack([layer.columns(x) for layer in plain]).transpose(1, 2).contiguous()
+    return torch.stack([layer.columns(x) for layer in layers]).transpose(1, 2).contiguous()
 
 
 class CrossAttention(nn.Module):

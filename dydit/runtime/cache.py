@@ -98,6 +98,7 @@ class PackCache:
             for cut, entry in zip(cuts, taken, strict=True):
                 entry.ready.on_this_stream()
                 self._entries.move_to_end(cut.key)
+            for entry in taken:  # when nothing can fail any more
                 entry.users += 1
         return taken, made
 

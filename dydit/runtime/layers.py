@@ -131,7 +131,7 @@ def linear(
 
 
 def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product, which adds the bias and applies GELU on its way, is what to take.
+    """Whether oneDNN's product, which adds the bias and applies GELU or ReLU on its way, is what to take.
 
     Where it is faster (``processor.IN_ONE_KERNEL``), but for rows of any number: it makes and keeps a kernel
     for each, which BLAS does not. It takes new memory. Inductor uses it too.

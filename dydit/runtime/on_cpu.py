@@ -56,8 +56,7 @@ class BlockOnCpu:
         workspace.restart()
         x = self._attend(x, cond, m, packed, workspace)
         logits = None if self._router is None else self._logits(x, workspace)
-        if logits is not None and self._block.on_logits is not None:
-            self._block.on_logits(logits)
+        self._block.tell(logits)
         B, N, _ = x.shape
         if logits is None or capacity == N:
             return self._mlp_of_all(x, m, packed, workspace)
@@ -84,8 +83,7 @@ class BlockOnCpu:
         self, x: Tensor, cond: Conditioning, m: Modulation, packed: PackedBlock, workspace: Workspace
     ) -> Tensor:
         normed = self._norm_attn(x)
-        if m.shift_attn is not None and m.scale_attn is not None:
-            torch.addcmul(m.shift_attn, normed, m.scale_attn, out=normed)
+        _modulate(normed, m.shift_attn, m.scale_attn)
         _add_gated(x, sliced_attention(packed, normed, workspace), m.gate_attn)
         adapter, block, _ = self._block.parts
         return adapter.cross(block, x, cond)
@@ -99,8 +97,7 @@ class BlockOnCpu:
     def _mlp_of_all(self, x: Tensor, m: Modulation, packed: PackedBlock, workspace: Workspace) -> Tensor:
         workspace.restart()
         normed = self._norm_mlp(x)
-        if m.shift_mlp is not None and m.scale_mlp is not None:
-            torch.addcmul(m.shift_mlp, normed, m.scale_mlp, out=normed)
+        _modulate(normed, m.shift_mlp, m.scale_mlp)
         _add_gated(x, sliced_mlp(packed, self._act, normed, workspace), m.gate_mlp)
         return x
 
@@ -130,15 +127,15 @@ class BlockOnCpu:
         if m.shift_mlp is not None and m.scale_mlp is not None:
             of_samples = normed.split_with_sizes(counts), m.shift_mlp.unbind(), m.scale_mlp.unbind()
             for part, shift, scale in zip(*of_samples, strict=True):
-                torch.addcmul(shift, part, scale, out=part)
+                _modulate(part, shift, scale)
         update = sliced_mlp(packed, self._act, normed, workspace, any_size)
         if m.gate_mlp is None:
             tokens += update
         else:
             of_samples = tokens.split_with_sizes(counts), update.split_with_sizes(counts), m.gate_mlp.unbind()
             for part, branch, gate in zip(*of_samples, strict=True):
-                torch.addcmul(part, gate, branch, out=part)
-        _wide(flat).index_copy_(0, kept, _wide(tokens)[: len(kept)])
+                _add_gated(part, branch, gate)
+        _put_rows(flat, kept, tokens[: len(kept)])
 
 
 def _function_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -149,6 +146,11 @@ def _function_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.layer_norm(x, shape, None, None, eps)
 
 
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> None:
+    if shift is not None and scale is not None:
+        torch.addcmul(shift, x, scale, out=x)
+
+
 def _add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
     if gate is None:
         x += branch
@@ -156,7 +158,13 @@ def _add_gated(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
         torch.addcmul(x, gate, branch, out=x)
 
 
-def _wide(rows: Tensor) -> Tensor:
-    """The same rows as fewer, larger numbers, where they can be: ``index_copy_`` copies one after another."""
-    fits = (rows.shape[1] * rows.itemsize | rows.storage_offset() * rows.itemsize) % 16 == 0
-    return rows.view(torch.complex128) if fits else rows
+def _put_rows(target: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Write ``rows`` (K, D) to ``places`` (K,) of the target (M, D).
+
+    ``index_copy_`` copies one number after another: so few and large ones, where rows are made of such.
+    """
+    width = torch.complex128.itemsize
+    sizes = (t.itemsize * n for t in (target, rows) for n in (t.shape[1], t.storage_offset()))
+    if not any(size % width for size in sizes):
+        target, rows = target.view(torch.complex128), rows.view(torch.complex128)
+    target.index_copy_(0, places, rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class SlicedBlock(nn.Module):
         super().__init__()
         self.parts = (adapter, block, token_router)  # a tuple, so that nothing is registered twice
         self.token_logit = logit(token_threshold)
-        self.on_logits: Callable[[Tensor], None] | None = None
+        self._listeners: list[Callable[[Tensor], None]] = []
         self._stages = STAGES if stages is None else stages
         self.sliced_attention, self.sliced_mlp = Named(sliced_attention), Named(sliced_mlp)
 
@@ -86,12 +87,12 @@ class SlicedBlock(nn.Module):
             packed: the block's sliced weights.
             capacity: tokens of each sample that enter the MLP, highest scores first; None: those above
                 the threshold.
-            fill_up: whether the MLP of some tokens is to run on ``filled_up`` many.
+            fill_up: whether the MLP of some tokens is to run on ``filled_up`` many, as on the CPU. Here where
+                the call is counted.
         """
         stages = STAGES if torch.jit.is_tracing() else self._stages  # fvcore counts what it can trace
         x, m, logits = stages.attend(self, x, cond, packed)
-        if logits is not None and self.on_logits is not None:
-            self.on_logits(logits)
+        self.tell(logits)
         B, N, _ = x.shape
         if logits is None or capacity == N:
             return stages.mlp_of_all(self, x, m, packed)
@@ -110,6 +111,21 @@ class SlicedBlock(nn.Module):
         # The last token again and again, as rows ascend.
         rows = F.pad(kept, (0, filled_up(len(kept)) - len(kept)), value=B * N - 1) if fill_up else None
         return stages.mlp_of_kept(self, x, m, packed, kept, rows)
+
+    @contextmanager
+    def listening(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within it, ``listener`` is called with the token router's logits (B, N) of every call."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def tell(self, logits: Tensor | None) -> None:
+        """Call the listeners with logits (B, N), if there are any."""
+        if logits is not None:
+            for listener in tuple(self._listeners):
+                listener(logits)
 
     def attend(
         self, x: Tensor, cond: Conditioning, packed: PackedBlock
@@ -139,16 +155,13 @@ class SlicedBlock(nn.Module):
                 alone.
         """
         B, N, D = x.shape
-        any_size, flat = rows is None, x.view(B * N, D)
-        rows = kept if rows is None else rows
-        sample = rows // N
-        shift, scale, gate = (
-            None if row is None else _gather(row, sample) for row in (m.shift_mlp, m.scale_mlp, m.gate_mlp)
-        )
-        tokens = _gather(flat, rows).unsqueeze(1)  # (K', 1, D), like so many samples
+        flat, computed = x.view(B * N, D), kept if rows is None else rows
+        sample, of_samples = computed // N, (m.shift_mlp, m.scale_mlp, m.gate_mlp)
+        shift, scale, gate = (None if row is None else row.index_select(0, sample) for row in of_samples)
+        tokens = flat.index_select(0, computed).unsqueeze(1)  # (K', 1, D), like so many samples
         normed = modulate(self._norm(tokens), shift, scale)
-        updated = add_gated(tokens, self.sliced_mlp(packed, self._act, normed, None, any_size), gate)
-        if not any_size:
+        updated = add_gated(tokens, self.sliced_mlp(packed, self._act, normed), gate)
+        if rows is not None:
             updated = updated[: len(kept)]
         return _put_rows(flat, kept, updated).view(B, N, D)
 
@@ -156,7 +169,7 @@ class SlicedBlock(nn.Module):
         """The MLP's branch of the k tokens of each sample with the highest logits (B, N), added in place."""
         B, N, D = x.shape
         rows, flat = top_rows(logits, k), x.view(B * N, D)
-        tokens = _gather(flat, rows).view(B, k, D)
+        tokens = flat.index_select(0, rows).view(B, k, D)
         normed = modulate(self._norm(tokens), m.shift_mlp, m.scale_mlp)
         updated = add_gated(tokens, self.sliced_mlp(packed, self._act, normed), m.gate_mlp)
         return _put_rows(flat, rows, updated).view(B, N, D)
@@ -177,11 +190,6 @@ def top_rows(logits: Tensor, k: int) -> Tensor:
     B, N = logits.shape
     first = N * torch.arange(B, device=logits.device).unsqueeze(1)
     return (top_tokens(logits, k) + first).flatten()
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """x (K, D) at ``rows`` (K',)."""
-    return torch.index_select(x, 0, rows)
 
 
 def _put_rows(flat: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dydit.models.blocks import (
     ModulationLinear,
     add_gated,
     modulate,
+    modulations,
 )
 from dydit.shapes import CONDITIONINGS
 
@@ -58,6 +59,27 @@ def test_modulation_is_a_linear_layer_for_any_number_of_rows(rows: int, dtype: t
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("batch", [1, 2, 8, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modulations_of_all_blocks_are_those_of_each(
+    conditioning: str, batch: int, dtype: torch.dtype
+) -> None:
+    model = small_dit(conditioning=conditioning).to(dtype)
+    x, y = small_inputs(model.shape, batch=batch)
+    _, cond = model.embed(x.to(dtype), 500.0, y.to(dtype) if y.is_floating_point() else y)
+    found = modulations([*model.blocks], cond)
+    assert len(found) == len(model.blocks)
+    for block, of_block in zip(model.blocks, found, strict=True):
+        expected = block.modulation(cond)
+        assert [row is None for row in of_block] == [row is None for row in expected]
+        for name, row in expected._asdict().items():
+            if row is not None:
+                added = 1 if name.startswith("scale") else 0
+                torch.testing.assert_close(getattr(of_block, name), row.unsqueeze(1) + added)
 
 
 @torch.no_grad()

@@ -138,13 +138,14 @@ def test_generated_code_computes_the_same(mode: Mode) -> None:
     assert largest_error(*engines("adaln_zero", mode), STEPS[:2]) < 1e-5
 
 
-def test_half_precision_compiles_too(counter: Any) -> None:
-    """The same precision, rounded in other places, and without a batch filled up."""
+def test_half_precision_compiles_too(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same operations in the same precision, without a batch filled up."""
     fast, eager = engines("adaln_zero", "exact", torch.bfloat16)
+    monkeypatch.setattr(eager, "_is_on_cpu", lambda _: False)  # rounds in other places
     x, y = small_inputs(fast.shape)
     for t in STEPS[:2]:
         seen, expected = fast(x.bfloat16(), t, y), eager(x.bfloat16(), t, y)
-        assert seen.dtype == torch.bfloat16 and relative_error(seen.float(), expected.float()) < 3e-2
+        assert seen.dtype == torch.bfloat16 and relative_error(seen.float(), expected.float()) < 1e-2
     assert counter.frame_count > 0
 
 

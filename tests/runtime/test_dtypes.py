@@ -78,7 +78,7 @@ def test_an_octave_has_few_sizes(sizes: int) -> None:
         assert len({filled_up(count, sizes) for count in range(low + 1, 2 * low + 1)}) == sizes
 
 
-@pytest.mark.parametrize("act", [nn.GELU("none"), nn.GELU("tanh"), nn.SiLU(), None], ids=str)
+@pytest.mark.parametrize("act", [nn.GELU("none"), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), None], ids=str)
 @pytest.mark.parametrize("rows", [1, 48, 513])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_products_in_one_kernel_or_in_several(
