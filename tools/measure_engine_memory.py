@@ -18,7 +18,7 @@ from dydit.benchmark.settings import BenchSettings, CaseSettings
 from dydit.benchmark.subject import make_subject
 from dydit.benchmark.variants import dense, make_engine
 from dydit.compute.machine import held_memory
-from dydit.runtime import sliced
+from dydit.runtime import on_cpu
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.sizes == "any":
-        sliced.filled_up = lambda count: count
+        on_cpu.filled_up = lambda count: count
     settings = BenchSettings(subject=options.preset, dtypes=(options.dtype,), depth=options.depth)
     case = CaseSettings(dtype=options.dtype, batches=(1,), depth=options.depth, sample_size=32)
     subject = make_subject(settings, case)

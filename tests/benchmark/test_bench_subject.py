@@ -23,7 +23,7 @@ from dydit.dynamic.compute_loss import deployed_cost
 from dydit.errors import ConfigError
 from dydit.models.dit import DiT
 from dydit.runtime import engine as engine_module
-from dydit.runtime import sliced
+from dydit.runtime import on_cpu, sliced
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.sliced import filled_up
 from dydit.shapes import ModelShape
@@ -61,7 +61,7 @@ def test_a_sampling_run_deploys_the_asked_ratio(ratio: float) -> None:
 
 
 def test_bf16_deploys_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine_module, sliced):  # the same sizes on every CPU
+    for module in (engine_module, sliced, on_cpu):  # the same sizes on every CPU
         monkeypatch.setattr(module, "filled_up", partial(filled_up, sizes=16))
     subject = subject_of("bf16", depth=4, sample_size=16, whole_run=16)
     assert next(subject.model.parameters()).dtype == torch.bfloat16
