@@ -34,7 +34,9 @@ AMD EPYC (AVX512), and the Xeon whose instructions are named, are other machines
 are shared, and memory is what neighbours slow down most: the second Xeon's static DiT-XL/2 in bfloat16 took
 455 to 614 ms per call at batch 2 within two hours (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds 12
 --no-memory`, time after time). Shares of small batches move with it, as what the engine does not narrow,
-adaLN's weights above all, is read from memory in every call."""
+adaLN's weights above all, is read from memory in every call. Of the engine in its form for CPUs
+([the block, twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of that
+Xeon; those of the other machines are older."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",
