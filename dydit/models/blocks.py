@@ -169,11 +169,9 @@ class Block(nn.Module):
 
     def modulation(self, cond: Conditioning) -> Modulation:
         """Shift, scale and gate of both branches, by the block's conditioning design."""
-        if self.conditioning == "adaln_zero":
-            return Modulation(*self.adaLN_modulation(cond.vector).chunk(6, dim=1))
-        if self.conditioning == "adaln":
-            shift_attn, scale_attn, shift_mlp, scale_mlp = self.adaLN_modulation(cond.vector).chunk(4, dim=1)
-            return Modulation(shift_attn, scale_attn, None, shift_mlp, scale_mlp, None)
+        if self.conditioning in MODULATION_ROWS:
+            rows = MODULATION_ROWS[self.conditioning]
+            return _of_rows(self.adaLN_modulation(cond.vector).chunk(rows, dim=1))
         if self.conditioning == "adaln_single":
             assert cond.shared is not None
             return Modulation(*(self.scale_shift_table + cond.shared).unbind(1))
@@ -204,10 +202,15 @@ def modulations(blocks: Sequence[Block], cond: Conditioning) -> list[Modulation]
     layers = [block.adaLN_modulation[1] for block in blocks]
     found = rows_of_layers(layers, F.silu(cond.vector)).unflatten(2, (rows, 1, -1))  # (L, B, rows, 1, D)
     found[:, :, 1 :: rows // 2] += 1  # the scales, each after its shift
-    made = [of_block.unbind(1) for of_block in found.unbind()]
-    if design == "adaln_zero":
-        return [Modulation(*parts) for parts in made]
-    return [Modulation(a, b, None, c, d, None) for a, b, c, d in made]
+    return [_of_rows(of_block.unbind(1)) for of_block in found.unbind()]
+
+
+def _of_rows(rows: Sequence[Tensor]) -> Modulation:
+    """adaLN's six rows, or four, which have no gates."""
+    if len(rows) == 6:
+        return Modulation(*rows)
+    shift_attn, scale_attn, shift_mlp, scale_mlp = rows
+    return Modulation(shift_attn, scale_attn, None, shift_mlp, scale_mlp, None)
 
 
 class FinalLayer(nn.Module):

@@ -130,7 +130,6 @@ class PackCache:
             if entry.mask != cut.mask:
                 self._fill(entry, cut)
                 made = True
-            self._entries.move_to_end(cut.key)
         return made
 
     def _fill(self, entry: Entry, cut: Cut) -> None:
