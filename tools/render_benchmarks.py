@@ -1,10 +1,10 @@
-"""Render docs/benchmarks.md and its pictures from docs/benchmarks/*.json.
+"""Render docs/benchmarks.md and its pictures from docs/benchmarks/*.json, where what is derived is made anew.
 
     dydit bench DiT-XL/2 --batch 2,8 --dtype fp32,bf16 --rounds 9 --out bench
     cp bench/bench.json docs/benchmarks/MACHINE-dit-xl-2.json
     python tools/render_benchmarks.py
 
-``--check`` writes nothing and fails where the page is not what the files render to.
+``--check`` writes nothing and fails where page or files are not what the measurements render to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dydit.benchmark.collection import read_collection, render_collection
 from dydit.benchmark.figures import draw
+from dydit.benchmark.storage import as_json
 from dydit.errors import DyditError
 from dydit.files import write_file
 
@@ -22,23 +23,36 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def render(docs: Path, check: bool) -> str:
-    """Write the page and the pictures of ``docs``/benchmarks; what was done, in a line.
+    """Write the page and the files of ``docs``/benchmarks; what was done, in a line.
 
     Raises:
-        DyditError: a file cannot be used; with ``check``, the page is another.
+        DyditError: a file cannot be used, or a picture is of none; with ``check``, something is another.
     """
-    collection = read_collection(docs / "benchmarks")
-    page, text = docs / "benchmarks.md", render_collection(collection)
+    folder, page = docs / "benchmarks", docs / "benchmarks.md"
+    collection = read_collection(folder)
+    texts = {page: render_collection(collection)}
+    texts |= {folder / f"{name}.json": as_json(found) for name, found in collection.items()}
+    strange = {path.stem for path in folder.glob("*.png")} - set(collection)
+    if strange:
+        name = min(strange)
+        raise DyditError(f"{folder / name}.png without {name}.json", remedy="remove it, or add the other")
     if check:
-        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+        others = [path for path, text in texts.items() if not _holds(path, text)]
+        others += [path for name in collection if not (path := folder / f"{name}.png").is_file()]
+        if others:
             raise DyditError(
-                f"{page} is not what its files render to", remedy="run tools/render_benchmarks.py"
+                f"{others[0]} is not what its files render to", remedy="run tools/render_benchmarks.py"
             )
         return f"{page} is what {len(collection)} files render to"
     for name, found in collection.items():
-        write_file(docs / "benchmarks" / f"{name}.png", draw(found))
-    write_file(page, text)
+        write_file(folder / f"{name}.png", draw(found))
+    for path, text in texts.items():
+        write_file(path, text)
     return f"wrote {page} and {len(collection)} pictures"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 def main() -> int:

@@ -39,7 +39,8 @@ adaLN's weights above all, is read from memory in every call. Of the engine in i
 Xeon; those of the other machines are older."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
-    "subject", "machine", "dtype", "batch", "mode", "speed-up, single calls", "speed-up, whole runs", "ideal",
+    "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
+    "speed-up, whole runs", "ideal",
 )  # fmt: skip
 _BOUNDS = f"""\
 The bound of whole runs is the share of single calls less {RUN_MARGIN}. As batch, tokens or depth grow, the
@@ -86,7 +87,8 @@ def _speedups(collection: Sequence[Benchmark]) -> Table:
     rows = [
         (
             found.settings["subject"], found.machine.name,
-            f"{case.dtype}, compiled" if found.settings["compile"] else case.dtype, str(case.batch), mode,
+            f"{case.dtype}, compiled" if found.settings["compile"] else case.dtype, str(case.batch),
+            str(found.settings["rounds"]), mode,
             f"{case.speedup(mode).median:.2f}×",
             DASH if case.whole_run is None else f"{case.whole_run.speedup(mode).median:.2f}×",
             f"{case.ideal(mode):.2f}×",

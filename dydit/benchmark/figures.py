@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from dydit.benchmark.page import title
 from dydit.benchmark.results import STATIC, Benchmark, Case
 from dydit.report.plots import ACCENT_COLOR, BACKBONE_COLOR, DYDIT_COLOR, png_bytes
 
 _COLORS = {STATIC: BACKBONE_COLOR, "exact": DYDIT_COLOR, "capacity": ACCENT_COLOR}
 _DTYPE_LINES = {"fp32": "-", "bf16": "--", "fp16": ":"}
+_MARKERS = "osD^v"  # of batches, where something else is swept
 _AXES = {"batch": "batch (images per call)", "tokens": "tokens per image", "depth": "blocks"}
 
 
@@ -29,12 +31,11 @@ def draw(found: Benchmark) -> bytes:
         _draw_times(time, found, sweep)
     else:
         _draw_bars(figure.subplots(), found)
-    title = f"{found.settings['subject']}, {found.machine.name}, {found.machine.threads} threads"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title(found)}, {found.machine.threads} threads", fontsize=10)
     for axes in figure.axes:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4, handlelength=3)
     return png_bytes(figure)
 
 
@@ -46,8 +47,9 @@ def _draw_shares(axes: Axes, found: Benchmark, sweep: str) -> None:
         middle = [s.median for s in shares]
         spans = [[s.median - s.low for s in shares], [s.high - s.median for s in shares]]
         axes.errorbar(
-            [getattr(case, sweep) for case in cases], middle, yerr=spans, marker="o", capsize=3,
-            label=_label(dtype, mode, batch), color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
+            [getattr(case, sweep) for case in cases], middle, yerr=spans, capsize=3,
+            marker=_marker(found, batch), color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
+            label=_label(dtype, mode, batch),
         )  # fmt: skip
     axes.axhline(1.0, color=BACKBONE_COLOR, linewidth=1)
     _scale(axes, found, sweep)
@@ -59,7 +61,7 @@ def _draw_times(axes: Axes, found: Benchmark, sweep: str) -> None:
         axes.plot(
             [getattr(case, sweep) for case in cases],
             [float(np.median(case.times(mode))) / case.batch for case in cases],
-            marker="o", color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
+            marker=_marker(found, batch), color=_COLORS[mode], linestyle=_DTYPE_LINES[dtype],
             label=_label(dtype, mode, batch) if mode == STATIC else None,  # modes have one by their share
         )  # fmt: skip
     _scale(axes, found, sweep)
@@ -76,6 +78,11 @@ def _lines(found: Benchmark, sweep: str) -> dict[tuple[str, str, int | None], li
         for mode in (STATIC, *case.modes):
             lines[case.dtype, mode, None if sweep == "batch" else case.batch].append(case)
     return lines
+
+
+def _marker(found: Benchmark, batch: int | None) -> str:
+    batches = sorted({case.batch for case in found.cases})
+    return _MARKERS[0 if batch is None else batches.index(batch) % len(_MARKERS)]
 
 
 def _label(dtype: str, mode: str, batch: int | None) -> str:

@@ -45,7 +45,10 @@ class Verdict:
     @property
     def words(self) -> str:
         """``met``, or by how much it is missed."""
-        return "met" if self.met else f"missed by {self.show(abs(self.measured - self.wanted))}"
+        if self.met:
+            return "met"
+        by = self.show(abs(self.measured - self.wanted))
+        return "just missed" if by == self.show(0.0) else f"missed by {by}"
 
     def row(self) -> tuple[str, ...]:
         """Goal, mode, bound, figure and verdict."""

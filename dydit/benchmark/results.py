@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from dydit.benchmark.settings import BenchSettings, Dtype
@@ -81,9 +90,17 @@ class WholeRun(_Frozen):
     sampler: str
     steps: int
     guidance_scale: float
-    ms: dict[str, tuple[float, ...]]
-    macs: dict[str, int]
+    ms: dict[str, Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]]
+    macs: dict[str, PositiveInt]
     packs: dict[str, dict[str, int]]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if not {STATIC, *self.packs} == set(self.ms) == set(self.macs):
+            raise ValueError("whole runs of other networks than their MACs or packs")
+        if len({len(ms) for ms in self.ms.values()}) != 1:
+            raise ValueError("whole runs, of one network more than of another")
+        return self
 
     def speedup(self, mode: str) -> Spread:
         """Static over engine, run by run."""
@@ -106,7 +123,9 @@ class Case(_Frozen):
         sample_size: of the latent. tokens: N. depth: L.
         timesteps: of the calls.
         macs: static and each mode -> MACs of a call at each of the timesteps.
-        counted: mode -> MACs counted by fvcore on a call at the first timestep; they equal ``macs`` there.
+        counted: mode -> MACs counted by fvcore on a call at the first timestep, equal to the closed form for
+            the tokens that it kept. On the CPU those of ``macs`` can be a few more or fewer, in mode exact:
+            the block runs in another form when it is counted, where scores round differently.
         kept: mode -> share of tokens that entered the MLP, mean over the calls.
         capacity_difference: ‖capacity − exact‖ / ‖exact‖ of their outputs, mean over the calls; None where
             only one mode was measured.
@@ -122,7 +141,7 @@ class Case(_Frozen):
     tokens: int
     depth: int
     timesteps: tuple[float, ...]
-    macs: dict[str, tuple[int, ...]]
+    macs: dict[str, tuple[PositiveInt, ...]]
     counted: dict[str, int]
     kept: dict[str, float]
     rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
@@ -136,6 +155,11 @@ class Case(_Frozen):
     def modes(self) -> tuple[str, ...]:
         """Modes of the engine that were measured."""
         return tuple(mode for mode in MODES if mode in self.macs)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether every timestep has several rounds, without which there is no spread."""
+        return min(Counter(entry.timestep for entry in self.rounds).values()) > 1
 
     def times(self, name: str) -> np.ndarray:
         """Milliseconds (R,) of a network in each round."""
@@ -211,6 +235,12 @@ class Case(_Frozen):
             raise ValueError("rounds at other timesteps than the case's")
         if {len(self.timesteps)} != {len(macs) for macs in self.macs.values()}:
             raise ValueError("MACs of other timesteps than the case's")
+        if not {STATIC, *self.modes} == set(self.macs) or not set(self.modes) == set(self.counted) == set(
+            self.kept
+        ):
+            raise ValueError("MACs, counts or kept tokens of other modes than were timed")
+        if self.whole_run is not None and set(self.whole_run.packs) != set(self.modes):
+            raise ValueError("whole runs of other modes than were timed")
         return self
 
 
@@ -230,6 +260,12 @@ class Benchmark(_Frozen):
     started: str
     finished: str | None = None
     cases: tuple[Case, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_cases(self) -> Self:
+        if self.finished is not None and not self.cases:
+            raise ValueError("a benchmark that is finished, without cases")
+        return self
 
     @field_validator("settings")
     @classmethod

@@ -16,7 +16,7 @@ from dydit.benchmark.measure import Point, count_static, measure_points
 from dydit.benchmark.peaks import measure_memory
 from dydit.benchmark.results import Benchmark, Case, Machine
 from dydit.benchmark.settings import BenchSettings, CaseSettings, plan_cases
-from dydit.benchmark.storage import check_folder, save_benchmark
+from dydit.benchmark.storage import check_folder, holds_finished_benchmark, save_benchmark
 from dydit.benchmark.subject import make_subject, preset_depth
 from dydit.benchmark.variants import make_variants
 from dydit.compute.machine import processor_name
@@ -26,13 +26,15 @@ from dydit.processor import HAS_AMX
 def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
     """Measure, and write ``bench.json``, ``bench.md`` and ``bench.png`` into ``out`` after every case.
 
-    The cases of a sweep in one dtype are timed together, and saved after that.
+    The cases of a sweep in one dtype are timed together, and saved after that. A complete benchmark that is
+    there stays until this one is complete.
 
     Raises:
         DyditError: settings, model or folder cannot be used, or counted and analytic MACs differ.
     """
     cases = plan_cases(settings, preset_depth(settings))
     check_folder(out)
+    replaces = holds_finished_benchmark(out)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
     machine = _machine(settings.device)
@@ -48,7 +50,8 @@ def run_benchmark(settings: BenchSettings, out: str | Path) -> Benchmark:
     def save(case: Case) -> None:
         nonlocal found
         found = found.model_copy(update={"cases": (*found.cases, case)})
-        save_benchmark(found, out)
+        if not replaces:
+            save_benchmark(found, out)
 
     try:
         for together in _groups(settings, cases):

@@ -14,6 +14,7 @@ from dydit.errors import ConfigError
 Dtype = Literal["fp32", "bf16", "fp16"]
 ModeName = Literal["exact", "capacity"]
 SweepName = Literal["batch", "tokens", "depth"]
+Batch = Annotated[int, Field(ge=1, le=1 << 20)]
 
 SWEPT_BATCHES = (1, 2, 4, 8, 16)
 DEFAULT_SAMPLE_SIZE = 32  # latent of a 256 px image
@@ -26,7 +27,7 @@ class BenchSettings(Section):
     subject: str = Field(description="a preset's name, or a model as the user named it")
     path: str | None = Field(default=None, description="weights of the model; empty: a preset")
     ratio: float = Field(default=0.5, gt=0, le=1, description="deployed compute of a preset, share of static")
-    batches: Annotated[tuple[PositiveInt, ...], Strict(False)] = Field(
+    batches: Annotated[tuple[Batch, ...], Strict(False)] = Field(
         default=(2, 8), min_length=1, description="images per call"
     )
     dtypes: Annotated[tuple[Dtype, ...], Strict(False)] = Field(default=("fp32", "bf16"), min_length=1)

@@ -17,19 +17,27 @@ JSON_NAME, PAGE_NAME, FIGURE_NAME = "bench.json", "bench.md", "bench.png"
 
 
 def check_folder(folder: str | Path) -> None:
-    """Make sure before the work that ``folder`` can be written, and holds nothing but an earlier benchmark.
+    """Make sure before the work that ``folder`` can be written, and is new, empty or of a benchmark.
 
     Raises:
-        OutputError: it cannot, or holds other files.
+        OutputError: it cannot, or holds other files, such as a ``bench.json`` that is none of ours.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / JSON_NAME).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_benchmark(folder):
         raise OutputError(
             f"{folder} holds other files",
             expected="a new folder or one of a benchmark",
             remedy="choose another --out",
         )
     check_writable(folder)
+
+
+def holds_finished_benchmark(folder: str | Path) -> bool:
+    """Whether a complete benchmark is there, of this version."""
+    try:
+        return load_benchmark(Path(folder) / JSON_NAME).finished is not None
+    except DataError:
+        return False
 
 
 def save_benchmark(found: Benchmark, folder: str | Path) -> None:
@@ -78,5 +86,20 @@ def load_benchmark(path: str | Path) -> Benchmark:
             case.pop("derived", None)
         return Benchmark.model_validate(document)
     except (ValidationError, AttributeError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged: {told}", remedy="measure again") from error
+        raise DataError(f"{path} is damaged: {_told(error)}", remedy="measure again") from error
+
+
+def _holds_benchmark(folder: Path) -> bool:
+    """Also one of another version, or damaged."""
+    try:
+        return "format_version" in json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a file's values, in a line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    wrong = error.errors()[0]
+    return ".".join(map(str, wrong["loc"])) + ": " + wrong["msg"].removeprefix("Value error, ")

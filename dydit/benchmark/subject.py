@@ -220,12 +220,13 @@ def _sampler_settings(settings: BenchSettings, plan: SubnetSchedule | None = Non
     else:
         own = {name: value for name, value in settings.sampler_defaults.items() if name != "steps"}
         fields |= own if settings.whole_run else settings.sampler_defaults
+    known = fields.get("name")
     if settings.sampler is not None:
         fields["name"] = settings.sampler
     if settings.guidance is not None:
         scale = fields.get("guidance_scale", 1.0)
         fields["guidance_scale"] = 1.0 if not settings.guidance else GUIDANCE_SCALE if scale == 1 else scale
-    return SamplerConfig(**fields)
+    return SamplerConfig(**fields).check_kind(known)
 
 
 def _keeping_scale(network: Denoiser, settings: SamplerConfig, channels: int) -> Denoiser:

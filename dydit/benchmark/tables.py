@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dydit.benchmark.results import ALL_ON, MASKED, Benchmark, Case
 from dydit.compute.latency import Spread
@@ -46,10 +47,12 @@ def runs_table(found: Benchmark) -> Table:
     return Table(header, tuple(_run_row(case, mode, varying) for case in cases for mode in case.modes))
 
 
-def spread_text(spread: Spread | None, digits: int = 3) -> str:
-    """Median (quartiles), or a dash."""
+def spread_text(spread: Spread | None, digits: int = 3, several: bool = True) -> str:
+    """Median (quartiles), or a dash; the median alone where it is not one of several figures."""
     if spread is None:
         return DASH
+    if not several:
+        return f"{spread.median:.{digits}f}"
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}–{spread.high:.{digits}f})"
 
 
@@ -60,10 +63,11 @@ def megabytes(size: float | None) -> str:
 
 def _call_row(case: Case, mode: str, varying: Sequence[str]) -> tuple[str, ...]:
     memory = None if case.memory is None else case.memory.above_static(mode)
+    told = partial(spread_text, several=case.repeated)
     return (
         *_place(case, varying), mode, measured(case.median_ms("static")), measured(case.median_ms(mode)),
-        spread_text(case.speedup(mode), 2), f"{case.ideal(mode):.2f}", spread_text(case.share(mode)),
-        spread_text(case.time_ratio(ALL_ON)), spread_text(case.time_ratio(MASKED)), megabytes(memory),
+        told(case.speedup(mode), 2), f"{case.ideal(mode):.2f}", told(case.share(mode)),
+        told(case.time_ratio(ALL_ON)), told(case.time_ratio(MASKED)), megabytes(memory),
     )  # fmt: skip
 
 
@@ -72,8 +76,7 @@ def _run_row(case: Case, mode: str, varying: Sequence[str]) -> tuple[str, ...]:
     assert run is not None
     packs = run.packs[mode]
     seconds = [measured(_median(run.ms[name]) / 1e3) for name in ("static", mode)]
-    speedup, rounds = run.speedup(mode), len(run.ms[mode])
-    told = f"{speedup.median:.2f}" if rounds == 1 else spread_text(speedup, 2)
+    told = spread_text(run.speedup(mode), 2, several=len(run.ms[mode]) > 1)
     return (
         *_place(case, varying), mode, f"{run.steps} steps of {run.sampler}, guidance {run.guidance_scale:g}",
         *seconds, told, f"{run.ideal(mode):.2f}", f"{run.share(mode):.3f}",

@@ -139,6 +139,7 @@ def compute_and_time_bars(compute: ComputeResult, time: TimeResult) -> Figure:
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
     quartiles = time.speedup_quartiles
     share = None if quartiles is None else 1 / quartiles[1]
+    ends = [1.0, compute.ratio, None if quartiles is None else 1 / quartiles[0]]  # of what is drawn
     clock = f", {measured(time.engine_median_ms)} instead of {measured(time.static_median_ms)} ms per step"
     for place, (value, color, text) in enumerate(
         (
@@ -154,7 +155,7 @@ def compute_and_time_bars(compute: ComputeResult, time: TimeResult) -> Figure:
         )  # long bars carry their text, short ones have it beside them
         axes.annotate(
             written,
-            (0.0 if inside or value is None else value, place),
+            (0.0 if inside or value is None else ends[place], place),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from bench_builders import made_up, made_up_case
 
-from dydit.benchmark.collection import read_collection, render_collection
+from dydit.benchmark.collection import read_collection
 from dydit.benchmark.goals import judge
 from dydit.benchmark.results import Benchmark, Memory, Round
 from dydit.benchmark.storage import JSON_NAME, save_benchmark
@@ -130,6 +130,25 @@ def test_a_measured_benchmark_renders(measured: tuple[Benchmark, Path], tmp_path
     assert tool().render(docs, check=True)
 
 
+def test_derived_figures_and_pictures_are_checked_too(tmp_path: Path) -> None:
+    docs = collected(tmp_path, made_up())
+    tool().render(docs, check=False)
+    (file,) = (docs / "benchmarks").glob("*.json")
+    whole = file.read_text()
+    file.write_text(whole.replace('"ideal": ', '"ideal": 9'))
+    with pytest.raises(DyditError, match=rf"{file.name} is not what its files render to"):
+        tool().render(docs, check=True)
+    tool().render(docs, check=False)
+    assert file.read_text() == whole
+    file.with_suffix(".png").rename(docs / "benchmarks" / "old.png")
+    for check in (False, True):
+        with pytest.raises(DyditError, match="old.png without old.json"):
+            tool().render(docs, check)
+    (docs / "benchmarks" / "old.png").unlink()
+    with pytest.raises(DyditError, match=r"\.png is not what its files render to"):
+        tool().render(docs, check=True)
+
+
 def test_what_is_not_finished_or_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no JSON"):
         read_collection(tmp_path)
@@ -143,5 +162,4 @@ def test_the_page_in_the_documentation_is_what_its_files_render_to() -> None:
     files = sorted(folder.glob("*.json"))
     assert page.is_file() == bool(files), "a page without files, or files without a page"
     if files:
-        assert page.read_text(encoding="utf-8") == render_collection(read_collection(folder))
-        assert all(path.with_suffix(".png").is_file() for path in files)
+        assert tool().render(REPOSITORY / "docs", check=True)

@@ -11,9 +11,11 @@ import pytest
 from bench_builders import made_up, made_up_case
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
+from dydit.benchmark import figures
 from dydit.benchmark.figures import draw
-from dydit.benchmark.page import page
+from dydit.benchmark.page import page, title
 from dydit.benchmark.results import Benchmark, Round
 from dydit.benchmark.storage import JSON_NAME, check_folder, load_benchmark, save_benchmark
 from dydit.benchmark.tables import calls_table, runs_table
@@ -105,6 +107,16 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
         (lambda d: d["cases"][0]["rounds"][0]["ms"].update(exact=0.0), "damaged"),
         (lambda d: d["cases"][0]["rounds"][0].update(timestep=7.0), "damaged.*rounds at other timesteps"),
         (lambda d: d["cases"][0]["macs"].update(exact=[1]), "damaged.*MACs of other timesteps"),
+        (
+            lambda d: d["cases"][0]["macs"].update(exact=[0, 1]),
+            "damaged: cases.0.macs.exact.0: .*greater than 0",
+        ),
+        (lambda d: d["cases"][0].update(kept={}), "damaged.*kept tokens of other modes"),
+        (lambda d: d["cases"][0]["counted"].clear(), "damaged.*counts or kept tokens of other modes"),
+        (lambda d: d["cases"][0]["whole_run"].update(packs={}), "damaged.*whole runs of other networks"),
+        (lambda d: d["cases"][0]["whole_run"]["ms"].update(exact=[]), "damaged"),
+        (lambda d: d["cases"][0]["whole_run"]["ms"].update(exact=[1.0, 2.0]), "of one network more than"),
+        (lambda d: d.update(cases=[]), "damaged.*finished, without cases"),
     ],
 )
 def test_a_changed_file_is_refused_in_one_line(tmp_path: Path, change: Any, words: str) -> None:
@@ -132,12 +144,16 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds other files"):
         check_folder(tmp_path)
+    for foreign in ('{"mine": 1}', "[]", "3", "no JSON"):  # of the same name
+        (tmp_path / JSON_NAME).write_text(foreign)
+        with pytest.raises(OutputError, match="holds other files"):
+            check_folder(tmp_path)
 
 
 def test_the_page_says_what_it_measured_and_what_is_missing() -> None:
     text = page(made_up(finished=None), "bench.png")
     for words in (
-        "A processor (AVX2), 2 of 2 CPU cores",
+        "A processor (AVX2), 2 threads on 2 CPU cores",
         "`dydit bench DiT-XL/2`",
         "Not complete",
         "bench.png",
@@ -161,3 +177,32 @@ def test_an_empty_benchmark_can_be_written(tmp_path: Path) -> None:
     empty = Benchmark(**{**made_up().__dict__, "cases": (), "finished": None})
     save_benchmark(empty, tmp_path)
     assert load_benchmark(tmp_path / JSON_NAME).cases == ()
+
+
+def test_one_round_per_timestep_has_no_quartiles() -> None:
+    (case,) = made_up().cases
+    (row,) = calls_table(made_up()).rows
+    assert not case.repeated and not any("–" in cell for cell in row)
+    twice = case.model_copy(update={"rounds": case.rounds * 2})
+    (row,) = calls_table(made_up(twice)).rows
+    assert twice.repeated and "0.800 (0.800–0.800)" in row
+
+
+def test_titles_tell_benchmarks_of_one_subject_apart() -> None:
+    settings: list[dict[str, Any]] = [
+        {}, {"rounds": 1}, {"compile": True}, {"depth": 4}, {"sweep": "depth"}, {"sweep": "tokens"},
+        {"sweep": "tokens", "depth": 4}, {"sweep": "batch", "compile": True},
+    ]  # fmt: skip
+    cases = made_up_case(), made_up_case(dtype="bf16"), made_up_case(batch=8, rows=8)
+    titles = [title(made_up(case, **chosen)) for chosen in settings for case in cases]
+    assert len(set(titles)) == len(titles) - 1  # of batches that are swept, all are in one
+    assert "fp32, depth swept, batch 2, 20 rounds" in titles[3 * 4]
+
+
+def test_lines_of_several_batches_have_markers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: drawn.append(figure) or b"")
+    cases = [made_up_case(batch=batch, rows=batch, depth=depth) for batch in (2, 8) for depth in (7, 28)]
+    figures.draw(made_up(*cases, sweep="depth"))
+    lines = [line for line in drawn[0].axes[1].get_lines() if len(line.get_xdata()) == 2]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 4

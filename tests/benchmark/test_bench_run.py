@@ -94,6 +94,27 @@ def test_what_was_measured_is_kept_when_the_rest_fails(
     assert torch.get_num_threads() == threads
 
 
+def test_a_finished_benchmark_stays_until_the_next_one_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = BenchSettings(**SMALL, batches=(1, 2), dtypes=("fp32",), modes=("exact",))
+    first = run_benchmark(settings, tmp_path)
+
+    def broken(points: Sequence[Point], settings: BenchSettings) -> Iterator[Case]:
+        if points[0].batch == 2:
+            raise KeyboardInterrupt
+        return measure(points, settings)
+
+    with monkeypatch.context() as patch:
+        measure = running.measure_points
+        patch.setattr(running, "measure_points", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run_benchmark(settings.model_copy(update={"seed": 1}), tmp_path)
+    assert load_benchmark(tmp_path / JSON_NAME) == first
+    second = run_benchmark(settings.model_copy(update={"seed": 1}), tmp_path)
+    assert load_benchmark(tmp_path / JSON_NAME) == second != first
+
+
 @pytest.mark.parametrize(("sweep", "grows"), [("batch", 5), ("tokens", 3), ("depth", 2)])
 def test_a_sweep_measures_static_model_and_engine_along_it(
     monkeypatch: pytest.MonkeyPatch, sweep: Any, grows: int, tmp_path: Path
