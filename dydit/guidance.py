@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dydit.errors import ConfigError
+from dydit.errors import ConfigError, ShapeError
 
 # A model as it is sampled from: x (B, C, H, W), t (B,) or one number for the whole batch, y (B,) int64.
 Denoiser = Callable[[Tensor, Any, Tensor], Tensor]
@@ -35,7 +35,17 @@ def guide(conditional: Tensor, null: Tensor, scale: float, guided_channels: int)
 
 
 def with_null(labels: Tensor, null: Tensor | int) -> Tensor:
-    """Labels (B,) or texts (B, M, context_dim), and as many of what stands for none: (2B, ...)."""
+    """Labels (B,) or texts (B, M, context_dim), and as many of what stands for none: (2B, ...).
+
+    Raises:
+        ShapeError: ``null`` is of another shape than a text.
+    """
+    if isinstance(null, Tensor) and null.shape not in (labels.shape, labels.shape[1:]):
+        raise ShapeError(
+            f"{tuple(null.shape)} in the place of texts {tuple(labels.shape)} for guidance",
+            expected="the shape of them or of one of them",
+            remedy="give texts of that many tokens, or null_y of as many as the texts",
+        )
     without = null.expand_as(labels) if isinstance(null, Tensor) else torch.full_like(labels, null)
     return torch.cat([labels, without])
 

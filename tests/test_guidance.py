@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dydit.guidance import guided_output
+from dydit.errors import ShapeError
+from dydit.guidance import guided_output, with_null
 
 NULL = 10
 CHANNELS = 4
@@ -58,3 +60,15 @@ def test_the_output_takes_the_sample_s_dtype() -> None:
     for scale in (1.0, 2.0):
         output = guided_output(half, X, 1, LABELS, NULL, scale=scale, guided_channels=3)
         assert output.dtype == X.dtype and output.shape == X.shape
+
+
+def test_no_text_of_another_length_is_refused() -> None:
+    texts, null = torch.randn(3, 7, 4), torch.randn(5, 4)
+    for wrong in (null, torch.randn(2, 7, 4)):
+        with pytest.raises(
+            ShapeError, match=r"in the place of texts \(3, 7, 4\) for guidance; expected .*null_y"
+        ):
+            guided_output(LabelledModel(), X, 500, texts, wrong, scale=2.0, guided_channels=None)
+    assert (
+        with_null(texts, torch.randn(7, 4)).shape == with_null(texts, torch.randn(3, 7, 4)).shape == (6, 7, 4)
+    )

@@ -27,10 +27,13 @@ def adapter_for(model: nn.Module) -> Adapter:
         ShapeError: there is none; names the supported classes.
     """
     for cls in type(model).__mro__:
-        if cls.__name__ in ADAPTERS:
+        if cls.__name__ in ADAPTERS and cls is backbone_type(cls.__name__):
             return _resolve(ADAPTERS[cls.__name__][1])()
+    name = type(model).__name__
+    if name in ADAPTERS:  # and still another class
+        name = f"{name} of module {type(model).__module__}, not of {ADAPTERS[name][0].partition(':')[0]}"
     raise ShapeError(
-        f"model of class {type(model).__name__}",
+        f"model of class {name}",
         expected="one of " + ", ".join(ADAPTERS),
         remedy="write an adapter (docs/architecture.md)",
     )

@@ -250,9 +250,10 @@ def is_one_run(masks: np.ndarray) -> np.ndarray:
 
 
 def _as_int32(numbers: np.ndarray) -> np.ndarray:
-    """Whole numbers of any width as int32; what is none stays as it is."""
+    """Whole numbers of any width as int32; what is none, or too large, stays as it is."""
     array = np.asarray(numbers)
-    return array.astype(np.int32) if np.issubdtype(array.dtype, np.integer) else array
+    fits = np.issubdtype(array.dtype, np.integer) and np.array_equal(array, array.astype(np.int32))
+    return array.astype(np.int32) if fits else array
 
 
 def _check_capacities(capacities: np.ndarray, steps: int, shape: ModelShape, routing: DyDiTConfig) -> None:

@@ -186,6 +186,11 @@ class SubnetEngine(nn.Module):
         """Name of a layer -> its part in a MAC report."""
         return {**self.model.mac_parts(), "sliced_attention": ATTENTION_PROJECTIONS, "sliced_mlp": MLP}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For ``copy.deepcopy`` and ``pickle``: the model and what was asked for; nothing is packed then."""
+        asked = (None, self._packs.asked, False, self.mode, self._compile)
+        return type(self), (self.model, self.schedule, *asked)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetEngine:
         """Move or convert the model (``.to``); what was packed and recorded is stale then.
 
@@ -193,12 +198,16 @@ class SubnetEngine(nn.Module):
             ConfigError: the memory budget is smaller than one block in the new dtype, in which the model is
                 then: convert it back.
         """
-        self._graphs.clear()
-        self._workspaces.clear()
-        self._packs.forget()
+        self._forget()
         moved = super()._apply(fn, recurse)
         self._packs.measure()
         return moved
+
+    def _forget(self) -> None:
+        """Drop what was made of weights that are no longer there."""
+        self._graphs.clear()
+        self._workspaces.clear()
+        self._packs.forget()
 
     def _sliced_blocks(self, stages: Stages) -> Iterator[SlicedBlock]:
         adapter, threshold = self.model.adapter, self.schedule.routing.token_threshold
@@ -221,6 +230,9 @@ class SubnetEngine(nn.Module):
             whole: whether it is the caller's batch. Of parts of one, which may have any size, no recordings
                 are made and kept.
         """
+        if self._packs.stale:  # the model was moved or converted, not through this engine
+            self._forget()
+            self._packs.measure()
         if whole and self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
             inputs = (x, batch_timesteps(t, x), y.to(x.device))
             return self._graphs(position, partial(self._run_blocks, position), *inputs)

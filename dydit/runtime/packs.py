@@ -69,6 +69,7 @@ class SchedulePacks:
         budget: bytes of copies to keep; None = one more copy of the block weights.
 
     Attributes:
+        asked: the budget as given.
         all_fit: whether the whole schedule's slices fit the budget: none is then ever dropped.
 
     Raises:
@@ -81,7 +82,7 @@ class SchedulePacks:
         schedule: SubnetSchedule,
         budget: float | None = None,
     ) -> None:
-        self._asked = budget
+        self.asked = budget
         attentions, mlps = zip(*weights, strict=True)
         heads, groups = (Masks(rows, schedule.rows) for rows in (schedule.head_rows, schedule.group_rows))
         G = schedule.shape.mlp_groups
@@ -134,7 +135,8 @@ class SchedulePacks:
             ConfigError: the budget is smaller than one block of what they are now.
         """
         blocks = [block_bytes(*parts) for parts in self._blocks]
-        budget = sum(blocks) if self._asked is None else self._asked
+        budget = sum(blocks) if self.asked is None else self.asked
+        self._place = self._weights_place
         check_budget(budget, max(blocks))
         self._sizes = {
             (index, block, number): kind.bytes_of_copy(block, number)
@@ -145,6 +147,16 @@ class SchedulePacks:
         self.all_fit = sum(self._sizes.values()) <= budget
         self._one_for_all = not self.all_fit and not self._blocks[0][0].out.weight.is_cuda
         self._start(budget)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the weights lie elsewhere, or have another dtype, than when they were measured."""
+        return self._place != self._weights_place
+
+    @property
+    def _weights_place(self) -> tuple[int, torch.dtype]:
+        weight = self._blocks[-1][1].fc2.weight  # they move together
+        return weight.data_ptr(), weight.dtype
 
     def statistics(self) -> PackStatistics:
         """Counters so far."""

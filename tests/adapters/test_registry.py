@@ -29,3 +29,11 @@ def test_build_backbone_makes_the_class_from_its_arguments() -> None:
     model = build_backbone("DiT", {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1})
     assert type(model) is DiT and model.shape.depth == 1
     assert "DiT" in ADAPTERS
+
+
+def test_another_class_of_the_same_name_is_refused() -> None:
+    other = type("DiT", (nn.Linear,), {"__module__": "models"})
+    with pytest.raises(
+        ShapeError, match=r"DiT of module models, not of dydit.models.dit; .*write an adapter"
+    ):
+        adapter_for(other(1, 1))

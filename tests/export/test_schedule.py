@@ -117,6 +117,14 @@ def capacities_of(model: DyDiT, seed: int = 0) -> np.ndarray:
     return drawn
 
 
+def test_capacities_beyond_int32_do_not_wrap_around() -> None:
+    model = small_dydit()
+    capacities = capacities_of(model).astype(np.int64)
+    capacities[0, 0] += 1 << 32
+    with pytest.raises(ScheduleError, match="capacities"):
+        SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
+
+
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
 def test_capacities_and_calibration_are_saved_and_loaded(conditioning: str, tmp_path: Path) -> None:
     model = small_dydit(conditioning=conditioning)

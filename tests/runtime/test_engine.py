@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
@@ -261,3 +263,35 @@ def test_null_label_and_scopes() -> None:
     assert all(scope in modules for scope in engine.mac_scopes().values())
     # The blocks own nothing: the engine's parameters are the model's, each once.
     assert not list(engine.blocks.parameters())
+
+
+def test_an_engine_notices_that_its_model_was_converted_elsewhere() -> None:
+    model = small_dydit()
+    first, second = engine_of(model), engine_of(model)
+    x, y = small_inputs(model.shape)
+    before = second(x, 500.0, y)
+    first.to(torch.float64)  # and with it the model, also of the second
+    assert relative_error(second(x.double(), 500.0, y).float(), before) < 1e-5
+    model.to(torch.bfloat16).to(torch.float32)  # loses digits
+    now = second(x, 500.0, y)
+    assert relative_error(now, engine_of(model)(x, 500.0, y)) < 1e-5
+    assert 1e-4 < relative_error(now, before) < 0.1
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("used", [False, True])
+def test_an_engine_can_be_copied_and_pickled(mode: Mode, used: bool) -> None:
+    model = small_dydit()
+    capacities = np.full((len(TIMESTEPS), model.shape.depth), 5)
+    schedule = SubnetSchedule.from_model(model, TIMESTEPS, capacities=capacities)
+    adapter, blocks = model.adapter, model.adapter.blocks(model.backbone)
+    budget = 2 * max(block_bytes(adapter.attention(b), adapter.mlp(b)) for b in blocks)
+    engine = SubnetEngine(model, schedule, mode=mode, memory_budget=budget)
+    x, y = small_inputs(model.shape)
+    expected = engine(x, 500.0, y) if used else SubnetEngine(model, schedule, mode=mode)(x, 500.0, y)
+    for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert other.model is not model and other.pack_statistics().bytes == 0
+        assert torch.equal(other(x, 500.0, y), expected)
+        for t in TIMESTEPS:
+            other(x, t, y)
+        assert other.pack_statistics().bytes <= budget
