@@ -43,12 +43,14 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block ends without an error.
 
-    Everything in it is synced first. A folder that was there before is replaced whole.
+    Everything in it is synced first. A folder that was there before is replaced whole; of a link to one, the
+    folder that it leads to.
 
     Raises:
         OutputError: the place, or what the block writes there, cannot be written, or it is a file.
     """
-    folder = Path(folder)
+    check_replaceable(folder)
+    folder = Path(os.path.realpath(folder))
     with _output_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(
@@ -80,6 +82,21 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Make sure, before hours of work, that another folder can take the place of ``folder``.
+
+    Raises:
+        OutputError: a file system begins there, or it is where the process works.
+    """
+    folder = Path(folder)
+    if os.path.ismount(os.path.realpath(folder)) or (folder.is_dir() and folder.samefile(Path.cwd())):
+        raise OutputError(
+            f"{folder} is a mount point or the current folder",
+            expected="a folder that can be replaced",
+            remedy=f"write to a folder in it, such as {folder / 'export'}",
+        )
 
 
 def check_writable(folder: str | Path) -> None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from dydit import files
 from dydit.errors import OutputError
-from dydit.files import check_writable, new_folder, write_file
+from dydit.files import check_replaceable, check_writable, new_folder, write_file
 
 
 class Stop(BaseException):
@@ -138,6 +138,27 @@ def test_new_folder_refuses_a_file_and_a_place_under_one(tmp_path: Path) -> None
     with pytest.raises(OutputError, match="cannot be written"), new_folder(file / "below"):
         pytest.fail("entered")
     assert file.read_text() == "kept" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    with new_folder(tmp_path / "link") as scratch:
+        (scratch / "new").touch()
+        assert scratch.parent == tmp_path / "disk"  # on the same file system
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk" / "real") == ["new"]
+
+
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", tmp_path, "/proc"):
+        with pytest.raises(OutputError, match="mount point or the current folder; .*write to a folder in it"):
+            check_replaceable(folder)
+        with pytest.raises(OutputError, match="mount point"), new_folder(folder):
+            pytest.fail("entered")
+    check_replaceable(tmp_path / "new")
 
 
 def test_results_are_as_open_as_the_umask_says(tmp_path: Path) -> None:

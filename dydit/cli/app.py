@@ -100,10 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _tell(_one_line(mistake))
         return MISTAKE
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_lack_of_memory(error):
+            raise
+        _tell("out of memory; make the batch smaller, or see --help for what else takes less")
+        return MISTAKE
     # typer itself turns Ctrl-C into this status, without a word.
     if status == INTERRUPTED:
         _tell("interrupted")
     return status if isinstance(status, int) else 0
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Also torch's, of which that for the CPU has no class of its own; without importing torch."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _tell(text: str) -> None:

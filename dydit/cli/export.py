@@ -10,6 +10,7 @@ import typer
 
 from dydit.cli.execution import DtypeChoice, check_compiler, check_together
 from dydit.cli.sampler_options import (
+    LARGEST_SEED,
     GuidanceScale,
     GuidedChannels,
     Sampler,
@@ -58,7 +59,8 @@ def export(
         int | None, typer.Option(min=1, help="Trajectories of the calibration set.", show_default="8")
     ] = None,
     calibration_seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the calibration set.", show_default="0")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the calibration set.", show_default="0"),
     ] = None,
     texts: Texts = None,
     order: Annotated[
@@ -104,7 +106,7 @@ def export(
     network = open_dydit(model)
     found = None
     if calibrate or capacity:
-        check_writable(out.parent)  # before minutes of passes
+        check_writable(out.resolve().parent)  # before minutes of passes
         multiple = (capacity_multiple or 1) if capacity else None
         samples, seed = calibration_samples or 8, calibration_seed or 0
         found = _calibrate(network, settings, goal, samples, seed, multiple, encoded)
@@ -273,16 +275,20 @@ def _check_replaceable(out: Path) -> None:
     """Refuse a folder with something else in it: an export takes the place of the whole folder.
 
     Raises:
-        OutputError: it is not empty and no export, or something was put into one.
+        OutputError: it cannot be replaced, is not empty and no export, or something was put into one.
     """
+    from dydit.files import check_replaceable
+
+    check_replaceable(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
-    from dydit.deployment.folder import LOADER, PLAN, PROGRAMS, WEIGHTS
+    from dydit.deployment.folder import LOADER, PLAN, PLAN_SHA256, PROGRAMS, WEIGHTS
     from dydit.export.artefact import MANIFEST, TENSORS, is_artefact
     from dydit.models.checkpoints.sources import WEIGHTS as MODEL
 
     # What an export writes, and Python beside the loader.
-    written = (TENSORS, MANIFEST, "config.json", f"{MODEL}*", PROGRAMS, WEIGHTS, PLAN, LOADER, "__pycache__")
+    written = (TENSORS, MANIFEST, "config.json", f"{MODEL}*", PROGRAMS, WEIGHTS, PLAN, PLAN_SHA256, LOADER,
+               "__pycache__")  # fmt: skip
     names = sorted(path.name for path in out.iterdir())
     other = [name for name in names if not any(fnmatch(name, pattern) for pattern in written)]
     if other or not is_artefact(out):

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit.cli.execution import DtypeChoice, check_compiler, check_together
-from dydit.cli.sampler_options import GuidanceScale, GuidedChannels, Sampler, Steps, sampler_settings
+from dydit.cli.sampler_options import (
+    LARGEST_SEED,
+    GuidanceScale,
+    GuidedChannels,
+    Sampler,
+    Steps,
+    sampler_settings,
+)
 from dydit.cli.sizes import parse_bytes
 from dydit.errors import CheckpointError, ConfigError, DataError, ScheduleError
 
@@ -57,7 +64,7 @@ def sample(
     num: Annotated[
         int | None, typer.Option(min=1, help="Images in all; without it one per class.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
     sampler: Sampler = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,

@@ -37,6 +37,7 @@ GuidedChannels = Annotated[
     str | None,
     typer.Option(metavar="N|all", help="Guide the first N channels, or all.", show_default=False),
 ]
+LARGEST_SEED = 2**64 - 1  # of torch's generators
 Texts = Annotated[
     Path | None,
     typer.Option(help="safetensors file of encoded texts, for a model that takes text.", show_default=False),
@@ -53,7 +54,7 @@ def sampler_settings(
     """The sampler's settings: ``defaults`` (fields of ``SamplerConfig``) under what was given.
 
     Raises:
-        ConfigError: for a value that the sampler cannot take.
+        ConfigError: for a value that the sampler cannot take, or a sampler of the other kind (flow or not).
     """
     from dydit.config import SamplerConfig
 
@@ -65,7 +66,7 @@ def sampler_settings(
     chosen = {name: value for name, value in given.items() if value is not None}
     if guided_channels is not None:
         chosen["guided_channels"] = _channels(guided_channels)
-    return SamplerConfig(**{**defaults, **chosen})
+    return SamplerConfig(**{**defaults, **chosen}).check_kind(defaults.get("name"))
 
 
 def _channels(text: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from dydit.files import sha256_of, write_file
 from dydit.routing.gates import logit
 
 WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run.py", "programs"
+PLAN_SHA256 = "deployment.sha256"
 
 
 def write_deployment(
@@ -48,7 +50,9 @@ def write_deployment(
     try:
         (folder / PROGRAMS).mkdir()
         for name, program in programs.programs.items():
-            torch.export.save(_bare(program), folder / PROGRAMS / f"{name}.pt2")
+            # In memory first: torch's own writer ends the process where the disk is full.
+            torch.export.save(_bare(program), content := io.BytesIO())
+            (folder / PROGRAMS / f"{name}.pt2").write_bytes(content.getvalue())
         if not weights:
             save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, to each writer
@@ -57,10 +61,16 @@ def write_deployment(
         ) from error
     files = list(weights or (WEIGHTS,))
     plan = {**_plan(model, schedule, programs), "weights": files}
-    plan["sha256"] = {name: sha256_of(folder / name) for name in (*files, TENSORS)}
-    write_file(folder / PLAN, json.dumps(plan))
-    write_file(folder / LOADER, Path(loader.__file__).read_text())
+    portable = [f"{PROGRAMS}/{name}.pt2" for name in programs.programs]
+    plan["sha256"] = {name: sha256_of(folder / name) for name in (*files, TENSORS, *portable)}
+    _write_plan(folder, plan)
+    write_file(folder / LOADER, Path(loader.__file__).read_bytes())
     return programs
+
+
+def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    write_file(folder / PLAN, json.dumps(plan))
+    write_file(folder / PLAN_SHA256, sha256_of(folder / PLAN))
 
 
 def _bare(program: ExportedProgram) -> ExportedProgram:
@@ -68,6 +78,12 @@ def _bare(program: ExportedProgram) -> ExportedProgram:
     bare = copy.copy(program)
     bare._example_inputs = None
     return bare
+
+
+def _labels(model: DyDiT) -> int:
+    """Rows of the label table; 0 for a model that takes text."""
+    shape = model.shape
+    return 0 if shape.takes_text else shape.num_classes + shape.null_class
 
 
 def bytes_of(folder: Path) -> int:
@@ -91,15 +107,19 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
     Raises:
         OutputError: the compiler failed.
     """
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     for name, program in tqdm(programs.programs.items(), "compile", disable=not progress):
-        path = folder / PROGRAMS / f"{name}.compiled.pt2"
+        file = f"{PROGRAMS}/{name}.compiled.pt2"
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            torch._inductor.aoti_compile_and_package(program, package_path=(content := io.BytesIO()))
+            (folder / file).write_bytes(content.getvalue())
         except (OSError, RuntimeError) as error:  # torch's errors of the compiler are RuntimeErrors
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise OutputError(
                 f"program {name} was not compiled ({reason})", remedy="export with --no-aot-compile"
             ) from error
+        plan["sha256"][file] = sha256_of(folder / file)
+    _write_plan(folder, plan)
 
 
 def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:
@@ -120,6 +140,7 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[st
         "device": str(weight.device),
         "dtype": str(weight.dtype),
         "inputs": programs.inputs,
+        "labels": _labels(model),
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "token_logit": logit(schedule.routing.token_threshold),
         "programs": sorted(programs.programs),

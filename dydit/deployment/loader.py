@@ -8,6 +8,7 @@ noise = model(x, t, y)  # latents (B, C, height, width), one timestep of the sch
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 from pathlib import Path
@@ -28,14 +29,21 @@ def check(holds: bool, seen: str, expected: str, remedy: str) -> None:
         raise ValueError(f"{seen}; expected {expected}; {remedy}")
 
 
-def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Name -> tensor; of the file with that sha256, where one is given."""
+def read(path: Path, sha256: str | None = None) -> mmap.mmap:
+    """A file's bytes; of the file with that sha256, where one is given."""
+    remedy = "copy the folder again, or export again"
+    check(path.is_file() and path.stat().st_size > 0, f"no {path}, or an empty one", "a file", remedy)
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     if sha256:
-        seen, remedy = hashlib.sha256(content).hexdigest(), "copy the folder again, or export again"
-        expected = f"{sha256[:12]}…, which the folder was written with"
+        seen, expected = hashlib.sha256(content).hexdigest(), f"{sha256[:12]}…, which was written"
         check(seen == sha256, f"{path} with sha256 {seen[:12]}…", expected, remedy)
+    return content
+
+
+def read_safetensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Name -> tensor; of the file with that sha256, where one is given."""
+    content = read(path, sha256)
     start = 8 + int.from_bytes(content[:8], "little")  # length of the header, header, tensors
     data, tensors = torch.frombuffer(content, dtype=torch.uint8)[start:], {}
     for name, entry in json.loads(content[8:start]).items():
@@ -54,14 +62,15 @@ class Deployment:
         folder: what ``dydit export --aot`` wrote.
         device: to run on; None: the kind that the folder was made on.
         compiled: run the libraries that AOTInductor made, on the kind of machine that they were made on.
-        verify: compare the sha256 of weights and schedule with those that were written.
+        verify: compare the sha256 of each file with the one that was written.
     """
 
     def __init__(
         self, folder: str | Path, device: str | None = None, compiled: bool = False, verify: bool = True
     ) -> None:
         folder = Path(folder)
-        self.plan, self.compiled = json.loads((folder / "deployment.json").read_text()), compiled
+        digest = read(folder / "deployment.sha256")[:].decode() if verify else None
+        self.plan, self.compiled = json.loads(read(folder / "deployment.json", digest)[:]), compiled
         kind = torch.device(self.plan["device"]).type
         wanted = torch.device(device or kind)
         there = wanted.type != "cuda" or torch.cuda.is_available()
@@ -69,12 +78,12 @@ class Deployment:
         fits, seen = wanted.type == kind or not compiled, f"device {wanted} for programs compiled for {kind}"
         check(fits, seen, kind, f"leave out compiled=True, or export on a machine for {wanted.type}")
         self.device = torch.empty(0, device=wanted).device  # with its index
-        expected = self.plan["sha256"] if verify else {}
+        self.sha256 = self.plan["sha256"] if verify else {}
         names = *self.plan["weights"], "schedule.safetensors"
-        *files, self.schedule = (read_safetensors(folder / name, expected.get(name)) for name in names)
+        *files, self.schedule = (read_safetensors(folder / name, self.sha256.get(name)) for name in names)
         dtype = getattr(torch, self.plan["dtype"].removeprefix("torch."))
         self.weights = {k: w.to(self.device, dtype) for file in files for k, w in file.items()}
-        self.programs = {name: self._load(folder / "programs" / name) for name in self.plan["programs"]}
+        self.programs = {name: self._load(folder, name) for name in self.plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
 
     @torch.no_grad()
@@ -83,12 +92,17 @@ class Deployment:
 
         Of models that learn the variance too, that follows in C more channels.
         """
+        check(not isinstance(t, Tensor) or t.numel() == 1, "several timesteps", "one", "make a call for each")
         plan, t = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
         for given, (name, (dtype, *sizes)) in zip((x, y), plan["inputs"].items(), strict=True):
             fits, seen = [str(given.dtype), *given.shape[1:]] == [dtype, *sizes], tuple(given.shape)
             expected = f"{dtype}, (batch{''.join(f', {size}' for size in sizes)})"
             check(fits, f"{name} of {given.dtype}, {seen}", expected, "convert them, or export for these")
-        check(len(y) == len(x), f"{len(y)} {name} for {len(x)} latents", "one each", "give as many of both")
+        check(len(y) == len(x) > 0, f"{len(y)} {name}, {len(x)} latents", "one each", "give as many of both")
+        if y.device.type == "cpu" and (known := plan["labels"]):  # so many; on a GPU it would wait for them
+            first, last = y.min().item(), y.max().item()
+            told = f"labels from {first} to {last}", f"0 to {known - 1}", "choose classes of the model"
+            check(first >= 0 and last < known, *told)
         steps = plan["timesteps"]
         expected = f"one of the folder's {len(steps)} ({steps[0]:g} … {steps[-1]:g})"
         remedy = "export again for the sampler and number of steps that you sample with"
@@ -141,13 +155,16 @@ class Deployment:
         cut = take(weight).contiguous() if self.compiled else take(weight)  # compiled code takes them so
         return cut, None if bias is None else take(bias) if dim == 0 else self.weights[bias]
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, folder: Path, name: str) -> Any:
+        file = f"programs/{name}{'.compiled' if self.compiled else ''}.pt2"
+        path, index = folder / file, self.device.index
         if self.compiled:
-            path, index = path.with_name(f"{path.name}.compiled.pt2"), self.device.index
             remedy = "leave out compiled=True, or export with --aot-compile"
             check(path.is_file(), f"no {path}", "compiled programs", remedy)
+        content = read(path, self.sha256.get(file))
+        if self.compiled:
             return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
-        program = torch.export.load(path.with_name(f"{path.name}.pt2"))
+        program = torch.export.load(io.BytesIO(content))
         if self.device != torch.device(self.plan["device"]):
             program = move_to_device_pass(program, self.device)
         return program.module()

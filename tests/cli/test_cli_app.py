@@ -102,3 +102,40 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, finetune_yam
 
 def test_sampler_choices_are_those_of_the_configuration() -> None:
     assert {choice.value for choice in SamplerChoice} == set(get_args(SamplerName))
+
+
+class OutOfMemoryError(RuntimeError):
+    """Called like torch's."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+)
+def test_a_lack_of_memory_is_told_in_one_line(
+    command: Any, monkeypatch: pytest.MonkeyPatch, finetune_yaml: Path, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(dydit.config, "load_config", fail)
+    assert "out of memory; make the batch smaller" in command("finetune", finetune_yaml).error
+    with pytest.raises(type(error)):
+        main(["finetune", str(finetune_yaml), "--debug"])
+
+
+def test_an_error_of_torch_that_is_no_lack_of_memory_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, finetune_yaml: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(dydit.config, "load_config", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["finetune", str(finetune_yaml)])

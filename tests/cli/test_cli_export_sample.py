@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,32 @@ def test_samples_that_are_not_finite_are_no_success(command: Any, models: Any, t
     assert outcome.status == 2
     assert "1 of 1 samples are not finite" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "given"), [("ddim", "flow_euler"), ("ddpm", "flow_heun"), ("flow_euler", "dpm++")]
+)
+def test_a_sampler_of_the_other_kind_is_refused(known: str, given: str) -> None:
+    fitting = "flow_euler or flow_heun" if known.startswith("flow") else "ddim, ddpm or dpm"
+    with pytest.raises(
+        ConfigError, match=rf"sampler {re.escape(given)} for a model .* by {known}; expected {fitting}"
+    ):
+        sampler_settings({"name": known, "steps": 5}, SamplerChoice(given))
+    assert sampler_settings({}, SamplerChoice(given)).name == given  # nothing is known
+
+
+def test_an_exports_sampler_keeps_its_kind(command: Any, exported: Path, models: Any, tmp_path: Path) -> None:
+    words = ("sample", models.dynamic, "--schedule", exported, "--labels", "0", "--sampler", "flow_euler")
+    assert "expected ddim, ddpm or dpm++" in command(*words, "--out", tmp_path / "s").error
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_seed_beyond_what_torch_takes_is_refused(command: Any, models: Any, tmp_path: Path) -> None:
+    large = str(1 << 64)
+    words = "sample", models.dynamic, "--labels", "0", "--seed", large, "--out", tmp_path / "s"
+    assert "'--seed'" in command(*words).error
+    words = "export", models.dynamic, "--capacity", "--calibration-seed", large, "--out", tmp_path / "e"
+    assert "'--calibration-seed'" in command(*words).error
 
 
 def test_given_options_go_over_the_defaults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,11 @@ def test_aot_inductor_computes_the_same(tmp_path: Path, model: Any) -> None:
     y = y[:1].repeat(len(x), *[1] * (y.ndim - 1))
     strided = x.to(memory_format=torch.channels_last), STEPS[1], y[:1].expand_as(y)
     assert torch.equal(found(*strided), found(x, STEPS[1], y))
+    path = tmp_path / "programs" / "embed.compiled.pt2"
+    change_a_byte(path, len(path.read_bytes()) // 2)
+    with pytest.raises(ValueError, match=r"embed.compiled.pt2 with sha256 \w{12}…; expected"):
+        Deployment(tmp_path, compiled=True)
+    Deployment(tmp_path)  # which reads the portable ones
 
 
 LONE = """
@@ -332,10 +338,10 @@ def test_the_device_is_the_folders_own(shipped: Shipped, monkeypatch: pytest.Mon
     plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='device cuda; expected one .*; give device="cpu"'):
-        Deployment(folder)
+        Deployment(folder, verify=False)
     with pytest.raises(ValueError, match="device cpu for .* compiled for cuda; expected cuda"):
-        Deployment(folder, device="cpu", compiled=True)
-    check(Deployment(folder, device="cpu"), shipped.model, shipped.schedule)
+        Deployment(folder, device="cpu", compiled=True, verify=False)
+    check(Deployment(folder, device="cpu", verify=False), shipped.model, shipped.schedule)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +360,7 @@ def test_programs_move_to_another_device(
         return program
 
     monkeypatch.setattr(loader, "move_to_device_pass", moved_to)
-    found._load(written.folder / "programs" / "decode")
+    found._load(written.folder, "decode")
     assert to == ([torch.device(device)] if moved else [])
 
 
@@ -384,15 +390,38 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path, tensors: dict[str, torc
         read_safetensors(path)
 
 
+def change_a_byte(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "schedule.safetensors"])
 def test_other_weights_or_masks_are_refused(shipped: Shipped, name: str) -> None:
-    path = shipped.folder / name
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    change_a_byte(shipped.folder / name)
     with pytest.raises(ValueError, match=rf"{name} with sha256 \w{{12}}…; expected \w{{12}}….*export again"):
         Deployment(shipped.folder)
     Deployment(shipped.folder, verify=False)
+
+
+@pytest.mark.parametrize("name", ["programs/embed.pt2", "programs/decode.pt2", "deployment.json"])
+def test_other_programs_or_plans_are_refused(shipped: Shipped, name: str) -> None:
+    path = shipped.folder / name
+    change_a_byte(path, len(path.read_bytes()) // 2)
+    with pytest.raises(ValueError, match=rf"{name} with sha256 \w{{12}}…; expected \w{{12}}….*export again"):
+        Deployment(shipped.folder)
+
+
+@pytest.mark.parametrize("name", ["programs/decode.pt2", "deployment.json", "schedule.safetensors"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_missing_or_empty_file_is_told(shipped: Shipped, name: str, empty: bool) -> None:
+    path = shipped.folder / name
+    path.unlink()
+    if empty:
+        path.touch()
+    for verify in (False, True):
+        with pytest.raises(ValueError, match=rf"no .*{path.name}, or an empty one; .*copy the folder again"):
+            Deployment(shipped.folder, verify=verify)
 
 
 def test_other_latents_are_refused(written: Shipped) -> None:
@@ -403,8 +432,19 @@ def test_other_latents_are_refused(written: Shipped) -> None:
             ValueError, match=r"latents of torch.float.*; expected torch.float32, \(batch, 3, 8, 8\); convert"
         ):
             found(wrong, STEPS[0], y)
-    with pytest.raises(ValueError, match=r"2 labels for 3 latents; expected one each; give as many of both"):
+    with pytest.raises(ValueError, match=r"2 labels, 3 latents; expected one each; give as many of both"):
         found(x, STEPS[0], y[:2])
+    with pytest.raises(ValueError, match=r"0 labels, 0 latents"):
+        found(x[:0], STEPS[0], y[:0])
+    with pytest.raises(ValueError, match=r"several timesteps; expected one; make a call for each"):
+        found(x, torch.full((3,), STEPS[0]), y)  # type: ignore[arg-type]
+    most = written.model.shape.num_classes  # the null class
+    found(x, STEPS[0], torch.tensor([0, most, most]))
+    for wrong in (-1, most + 1):
+        with pytest.raises(
+            ValueError, match=rf"labels from .*{wrong}.*; expected 0 to {most}; choose classes"
+        ):
+            found(x, STEPS[0], torch.tensor([1, 1, wrong]))
 
 
 def test_other_conditions_are_refused(written: Shipped, tmp_path: Path) -> None:
@@ -452,6 +492,32 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> 
 
 def full_disk(*_args: Any, **_options: Any) -> Any:
     raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_disk_that_is_full_for_programs_is_told_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, which torch's writer of files would end."""
+    code = (
+        "import resource, signal, torch\n"
+        "from pathlib import Path\n"
+        "from core_builders import small_dydit\n"
+        "from dydit.deployment.folder import write_deployment\n"
+        "from dydit.errors import OutputError\n"
+        "from dydit.export.schedule import SubnetSchedule\n"
+        "model = small_dydit(0, mixed=False)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try:\n"
+        f"    write_deployment(Path({str(tmp_path)!r}), model, SubnetSchedule.from_model(model, [500.0]))\n"
+        "except OutputError as error:\n"
+        "    print(error)\n"
+    )
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": tests},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written" in done.stdout and "free space" in done.stdout
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
