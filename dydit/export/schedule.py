@@ -83,6 +83,8 @@ class SubnetSchedule:
                 (names it and its block).
         """
         steps = [float(t) for t in timesteps]
+        if not np.isfinite(steps).all():
+            raise ScheduleError(f"timesteps {steps}", expected="numbers", remedy="give those of a sampler")
         distinct_steps = {_key(t) for t in steps}
         if not steps or len(distinct_steps) != len(steps):
             raise ScheduleError(

@@ -16,11 +16,11 @@ from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
-from dydit.models.dit import check_latent
 from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.precision import converted_copy
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
+from dydit.runtime.inputs import check_inputs
 from dydit.runtime.on_cpu import BlockOnCpu
 from dydit.runtime.packs import PackStatistics, SchedulePacks
 from dydit.runtime.sliced import STAGES, SlicedBlock, Stages, filled_up
@@ -116,10 +116,7 @@ class SubnetEngine(nn.Module):
                 expected="one graph, which a timestep's subnetwork is",
                 remedy="export engine.subnetwork(t), or use dydit export --aot",
             )
-        check_latent(x, self.shape)
-        if not len(x):
-            raise ShapeError("a batch without samples", expected="one at least", remedy="leave the call out")
-        self._check_dtypes(x, y)
+        check_inputs(x, y, self.shape, next(self.model.parameters()).dtype)
         if not isinstance(t, Tensor) or t.ndim == 0:
             return self._run(self.schedule.index_of(float(t)), x, t, y)
         check_per_sample("timesteps", t, len(x))
@@ -213,15 +210,6 @@ class SubnetEngine(nn.Module):
         adapter, threshold = self.model.adapter, self.schedule.routing.token_threshold
         for block, routers in zip(adapter.blocks(self.model.backbone), self.model.routers, strict=True):
             yield SlicedBlock(adapter, block, routers.token_router, threshold, stages)
-
-    def _check_dtypes(self, x: Tensor, y: Tensor) -> None:
-        dtype = next(self.model.parameters()).dtype
-        if x.dtype != dtype:
-            raise ShapeError(f"latent of {x.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
-        if self.shape.takes_text and y.dtype != dtype:
-            raise ShapeError(f"text of {y.dtype}", expected=str(dtype), remedy="convert it with .to(dtype)")
-        if not self.shape.takes_text and y.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"labels of {y.dtype}", expected="int64 or int32", remedy="use .long()")
 
     def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor, whole: bool = True) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it.

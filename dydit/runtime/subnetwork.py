@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
+from dydit.runtime.inputs import check_inputs
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.sliced import SlicedBlock
 
@@ -42,8 +43,14 @@ class Subnetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise of latents x (B, C, height, width) as the engine does; y as for the model."""
+        """Predict the noise of latents x (B, C, height, width) as the engine does; y as for the model.
+
+        Raises:
+            ShapeError: no sample, or one of another shape or dtype; where it is not compiled or exported.
+        """
         model, blocks = self._parts
+        if not torch.compiler.is_compiling():
+            check_inputs(x, y, model.shape, next(model.parameters()).dtype)
         tokens, cond = model.adapter.embed(model.backbone, x, self.timestep, y)
         tokens = tokens.contiguous()  # the token path works on its rows in place
         for part in blocks:

@@ -117,6 +117,12 @@ def capacities_of(model: DyDiT, seed: int = 0) -> np.ndarray:
     return drawn
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_timestep_that_is_no_number_is_refused(wrong: float) -> None:
+    with pytest.raises(ScheduleError, match="timesteps .*; expected numbers; give those of a sampler"):
+        SubnetSchedule.from_model(small_dydit(), [500.0, wrong])
+
+
 def test_capacities_beyond_int32_do_not_wrap_around() -> None:
     model = small_dydit()
     capacities = capacities_of(model).astype(np.int64)

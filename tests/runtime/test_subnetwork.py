@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from dydit.config import DyDiTConfig
-from dydit.errors import ConfigError, ScheduleError
+from dydit.errors import ConfigError, ScheduleError, ShapeError
 from dydit.export.schedule import SubnetSchedule
 from dydit.processor import HAS_AMX, IN_ONE_KERNEL
 from dydit.runtime import layers
@@ -130,3 +131,13 @@ def test_torch_compile_of_a_whole_engine_runs_it_as_it_is() -> None:
 def test_another_timestep_is_refused() -> None:
     with pytest.raises(ScheduleError, match="timestep 3; expected one of the schedule's 3"):
         make_engine().subnetwork(3.0)
+
+
+def test_it_refuses_what_the_engine_refuses() -> None:
+    engine = make_engine()
+    subnetwork, (x, y) = engine.subnetwork(TIMESTEPS[0]), small_inputs(engine.shape)
+    for inputs in ((x.double(), y), (x, y.float()), (x[:0], y[:0]), (x[..., :4], y)):
+        with pytest.raises(ShapeError) as told:
+            engine(inputs[0], TIMESTEPS[0], inputs[1])
+        with pytest.raises(ShapeError, match=re.escape(str(told.value))):
+            subnetwork(*inputs)
