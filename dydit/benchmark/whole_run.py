@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
 from tqdm import tqdm
 
 from dydit.benchmark.order import rotated
@@ -26,18 +25,19 @@ def time_runs(
     """Sampling runs of the static backbone and of each engine side by side, step by step in turns.
 
     On a GPU run after run: to wait for it after every step would part what runs together, such as a step and
-    what is prepared for the next. Engines have nothing packed at first, unless they record.
+    what is prepared for the next. Engines have nothing packed at first, unless they record. Which tokens they
+    keep is seen in a run of its own, the same again: what it holds on to would lie between the products'
+    results in the C library's heap, and these take longer then.
 
     Args:
         batch: images.
         static_macs: of one call of the backbone at this batch size.
     """
     calls, steps = subject.sampler.call_timesteps, len(subject.sampler.timesteps)
-    static = variants.networks[STATIC]
-    runs: dict[str, Callable[[], Iterator[object]]] = {STATIC: partial(subject.trajectory, static, batch)}
-    for mode, engine in variants.engines.items():
-        plain = partial(subject.trajectory, engine, batch)
-        runs[mode] = plain if settings.compile else _Recorded(subject, engine, batch)
+    runs = {
+        name: partial(subject.trajectory, variants.networks[name], batch)
+        for name in (STATIC, *variants.engines)
+    }
     if settings.compile:  # every graph is made before the clock runs; CUDA graphs in a timestep's second call
         passes = 2 if any(engine.records for engine in variants.engines.values()) else 1
         for run in [*runs.values()] * passes:
@@ -53,30 +53,15 @@ def time_runs(
         packs = {mode: _since(before[mode], engine) for mode, engine in variants.engines.items()}
     macs = {STATIC: len(calls) * static_macs}
     for mode, engine in variants.counting.items():
-        seen = runs[mode]
-        if not isinstance(seen, _Recorded):  # inside of a compiled engine nothing can be seen
-            seen = _Recorded(subject, engine, batch)
-            deque(seen(), maxlen=0)
-        kept = zip(calls, seen.kept(), strict=True)
-        macs[mode] = sum(engine_table(variants.engines[mode], t, tokens).total for t, tokens in kept)
+        with recording_kept(engine) as (call, kept):
+            deque(subject.trajectory(call, batch), maxlen=0)
+            counts = zip(calls, kept(), strict=True)
+        macs[mode] = sum(engine_table(variants.engines[mode], t, tokens).total for t, tokens in counts)
     return WholeRun(
         sampler=subject.settings.name, steps=steps,
         guidance_scale=subject.settings.guidance_scale,
         ms={name: tuple(values) for name, values in ms.items()}, macs=macs, packs=packs,
     )  # fmt: skip
-
-
-class _Recorded:
-    """A sampling run of an engine that notes what its token routers said: a few calls of Python per step."""
-
-    kept: Callable[[], list[np.ndarray]]
-
-    def __init__(self, subject: Subject, engine: SubnetEngine, batch: int) -> None:
-        self.subject, self.engine, self.batch = subject, engine, batch
-
-    def __call__(self) -> Iterator[object]:
-        with recording_kept(self.engine) as (call, self.kept):
-            yield from self.subject.trajectory(call, self.batch)
 
 
 def _in_turns(
