@@ -235,11 +235,10 @@ class Case(_Frozen):
             raise ValueError("rounds at other timesteps than the case's")
         if {len(self.timesteps)} != {len(macs) for macs in self.macs.values()}:
             raise ValueError("MACs of other timesteps than the case's")
-        if not {STATIC, *self.modes} == set(self.macs) or not set(self.modes) == set(self.counted) == set(
-            self.kept
-        ):
+        modes = set(self.modes)
+        if set(self.macs) != {STATIC, *modes} or not set(self.counted) == set(self.kept) == modes:
             raise ValueError("MACs, counts or kept tokens of other modes than were timed")
-        if self.whole_run is not None and set(self.whole_run.packs) != set(self.modes):
+        if self.whole_run is not None and set(self.whole_run.packs) != modes:
             raise ValueError("whole runs of other modes than were timed")
         return self
 

@@ -325,7 +325,7 @@ class SamplerConfig(Section):
     @property
     def is_flow(self) -> bool:
         """Whether this sampler integrates a velocity (flow matching) and not a noise prediction."""
-        return self.name.startswith("flow_")
+        return _is_flow(self.name)
 
     def check_kind(self, known: str | None) -> Self:
         """This sampler, for a model that is known to be sampled by ``known``; None: nothing is known.
@@ -333,10 +333,14 @@ class SamplerConfig(Section):
         Raises:
             ConfigError: one takes the output for a velocity, the other for noise.
         """
-        if known is not None and known.startswith("flow_") != self.is_flow:
+        if known is not None and _is_flow(known) != self.is_flow:
             raise ConfigError(
                 f"sampler {self.name} for a model that is sampled by {known}",
                 expected="ddim, ddpm or dpm++" if self.is_flow else "flow_euler or flow_heun",
                 remedy="choose one of these, as the other kind takes the model's output for something else",
             )
         return self
+
+
+def _is_flow(sampler: str) -> bool:
+    return sampler.startswith("flow_")

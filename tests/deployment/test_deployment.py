@@ -437,7 +437,7 @@ def test_other_latents_are_refused(written: Shipped) -> None:
     with pytest.raises(ValueError, match=r"0 labels, 0 latents"):
         found(x[:0], STEPS[0], y[:0])
     with pytest.raises(ValueError, match=r"several timesteps; expected one; make a call for each"):
-        found(x, torch.full((3,), STEPS[0]), y)  # type: ignore[arg-type]
+        found(x, torch.full((3,), STEPS[0]), y)  # type: ignore[arg-type] # the mistake that is told
     most = written.model.shape.num_classes  # the null class
     found(x, STEPS[0], torch.tensor([0, most, most]))
     for wrong in (-1, most + 1):
