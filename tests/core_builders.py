@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from dydit.dynamic.dydit import DyDiT
 from dydit.models.dit import DiT
 from dydit.routing.gates import logit
 from dydit.routing.routing import Routing
+from dydit.runtime import layers
 from dydit.shapes import ModelShape
 
 TIMESTEPS = (999.0, 500.0, 20.0)
@@ -139,3 +141,9 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
     scale = expected.abs().max().item()
     assert scale > 1e-2 and expected.std().item() > 1e-3, "the output is trivial"
     return (output.double() - expected.double()).abs().max().item() / scale
+
+
+def multiply_in_one_kernel(patch: pytest.MonkeyPatch, precisions: frozenset[torch.dtype]) -> None:
+    """Let oneDNN's products, with what follows them, be taken in these precisions alone, on any CPU."""
+    for name in ("IN_ONE_KERNEL", "ACTIVATED_IN_ONE_KERNEL"):
+        patch.setattr(layers, name, precisions)

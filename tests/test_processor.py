@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dydit.processor import faster_in_one_kernel, has, without_onednn
+from dydit.processor import faster_in_one_kernel, faster_with_activation, has, without_onednn
 
 
 @pytest.mark.parametrize(
@@ -22,20 +22,34 @@ def test_none_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("told", "precisions"),
+    ("told", "precisions", "activated"),
     [
-        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}, {torch.float32}),
-        ({"cpu_name": "AMD EPYC", "avx512_f": False}, set()),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "amx_bf16": True}, {torch.bfloat16}),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, set()),
-        ({}, set()),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, {torch.float32}, {torch.float32}),
+        (
+            {"cpu_name": "AMD EPYC", "avx512_f": True, "avx512_bf16": True},
+            {torch.float32},
+            {torch.float32, torch.bfloat16},
+        ),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, set(), set()),
+        (
+            {"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": True},
+            {torch.bfloat16},
+            {torch.bfloat16},
+        ),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True}, set(), {torch.bfloat16}),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, set(), set()),
+        ({}, set(), set()),
     ],
 )
 def test_where_onednns_products_are_taken(
-    told: dict[str, object], precisions: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    told: dict[str, object],
+    precisions: set[torch.dtype],
+    activated: set[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
     assert faster_in_one_kernel() == precisions
+    assert faster_with_activation() == activated
 
 
 def test_half_precisions_that_onednn_multiplies_are_pytorchs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:

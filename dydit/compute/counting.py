@@ -24,7 +24,7 @@ UNCOUNTED = """
     add add_ sub rsub mul mul_ div div_ neg exp log sin cos pow sqrt silu gelu sigmoid softmax addcmul
     index_add index_add_ index_copy index_copy_ index_select nonzero nonzero_numpy lt le logical_and
     scalar_tensor expand_as clone ones_like lift_fresh new_ones sum item any alias unflatten repeat numel
-    linspace where resolve_conj resolve_neg embedding sort pad
+    linspace where resolve_conj resolve_neg embedding sort pad pin_memory
 """
 
 

@@ -68,6 +68,6 @@ def paired_speedup(baseline_ms: list[float], other_ms: list[float]) -> Spread:
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
-    if torch.cuda.is_available():
+    """Wait for the accelerator, where one is in use."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -148,13 +149,13 @@ class PackCache:
             self.evictions += 1
 
 
-def check_budget(budget: float, largest: int) -> None:
+def check_budget(budget: Any, largest: int) -> None:
     """Refuse a budget that one packed block can exceed.
 
     Raises:
         ConfigError: says how many bytes a block takes.
     """
-    if not budget >= largest:  # not a number is no budget either
+    if not isinstance(budget, Real) or not float(budget) >= largest:  # nan is no budget either
         raise ConfigError(
             f"memory budget of {budget} bytes",
             expected=f"at least one block's {largest} bytes",

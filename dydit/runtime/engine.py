@@ -107,7 +107,7 @@ class SubnetEngine(nn.Module):
 
         Raises:
             ScheduleError: a timestep is not in the schedule.
-            ShapeError: latent or y of the wrong shape or dtype, or t or y not one per sample.
+            ShapeError: latent or y of the wrong shape, dtype or device, or t or y not one per sample.
             ConfigError: it is being exported.
         """
         if torch.compiler.is_exporting():
@@ -116,7 +116,7 @@ class SubnetEngine(nn.Module):
                 expected="one graph, which a timestep's subnetwork is",
                 remedy="export engine.subnetwork(t), or use dydit export --aot",
             )
-        check_inputs(x, y, self.shape, next(self.model.parameters()).dtype)
+        check_inputs(x, y, self.shape, next(self.model.parameters()))
         if not isinstance(t, Tensor) or t.ndim == 0:
             return self._run(self.schedule.index_of(float(t)), x, t, y)
         check_per_sample("timesteps", t, len(x))
@@ -222,7 +222,7 @@ class SubnetEngine(nn.Module):
             self._forget()
             self._packs.measure()
         if whole and self.records and not torch.jit.is_tracing():  # fvcore counts what it can trace
-            inputs = (x, batch_timesteps(t, x), y.to(x.device))
+            inputs = (x, batch_timesteps(t, x), y)
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
         with self._packs.preparing_next(position, x.device):
             return self._run_blocks(position, x, t, y)

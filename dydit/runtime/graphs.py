@@ -37,6 +37,7 @@ class CudaGraphs:
         self._lock = threading.Lock()
         self._pool: Any = None
         self._stream: Any = None
+        self._failed: list[Any] = []  # a graph that dies clears the libraries' memory that the others read
         self._last: Any = None  # event after the last call: what comes next writes over what it read
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ class CudaGraphs:
             if self._last is not None:
                 self._last.synchronize()
             self._recordings.clear()
+            self._failed.clear()
             self._called.clear()
             self._pool = self._stream = self._last = None
 
@@ -94,6 +96,7 @@ class CudaGraphs:
         held = tuple(i.clone() for i in inputs)
         main = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
+        self._failed.append(graph)
         # Left also where a capture fails to end, which leaves torch on its stream.
         try:
             with _CAPTURING, torch.cuda.stream(self._stream):
@@ -105,6 +108,7 @@ class CudaGraphs:
                     output = function(*held)
         finally:
             main.wait_stream(self._stream)  # before the inputs' memory is another's
+        self._failed.remove(graph)
         return _Recording(graph, held, output)
 
 

@@ -10,13 +10,20 @@ from dydit.models.dit import check_latent
 from dydit.shapes import ModelShape
 
 
-def check_inputs(x: Tensor, y: Tensor, shape: ModelShape, dtype: torch.dtype) -> None:
-    """Refuse latents x and labels or texts y that a model in ``dtype`` cannot take.
+def check_inputs(x: Tensor, y: Tensor, shape: ModelShape, weight: Tensor) -> None:
+    """Refuse latents x and labels or texts y that a model cannot take.
+
+    Args:
+        weight: of the model, which lies on its device and has its dtype.
 
     Raises:
-        ShapeError: no sample, or one of another shape or dtype.
+        ShapeError: no sample, or one of another shape, dtype or device.
     """
     check_latent(x, shape)
+    dtype = weight.dtype
+    if {x.device, y.device} != {weight.device}:
+        seen = f"latents on {x.device}, {'texts' if shape.takes_text else 'labels'} on {y.device}"
+        raise ShapeError(seen, expected=f"both on {weight.device}", remedy="move them with .to(device)")
     if not len(x):
         raise ShapeError("a batch without samples", expected="one at least", remedy="leave the call out")
     if x.dtype != dtype:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydit.processor import HAS_AMX, HAS_BF16, IN_ONE_KERNEL
+from dydit.processor import ACTIVATED_IN_ONE_KERNEL, HAS_AMX, HAS_BF16, IN_ONE_KERNEL
 from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
@@ -111,7 +111,7 @@ def linear(
         result = F.linear(x, weight, bias)
         return result if act is None else act(result)
     gelu = act.approximate if isinstance(act, nn.GELU) else None
-    if not any_size and in_one_kernel(x, weight):
+    if not any_size and in_one_kernel(x, weight, activated=act is not None):
         if act is None:
             return _POINTWISE(x, weight, bias, "none", [], "")
         if gelu:
@@ -130,13 +130,17 @@ def linear(
     return result if act is None else act(result)
 
 
-def in_one_kernel(x: Tensor, weight: Tensor) -> bool:
+def in_one_kernel(x: Tensor, weight: Tensor, activated: bool = False) -> bool:
     """Whether oneDNN's product, which adds the bias and applies GELU or ReLU on its way, is what to take.
 
-    Where it is faster (``processor.IN_ONE_KERNEL``), but for rows of any number: it makes and keeps a kernel
-    for each, which BLAS does not. It takes new memory. Inductor uses it too.
+    Where it is faster (``processor``), but for rows of any number: it makes and keeps a kernel for each,
+    which BLAS does not. It takes new memory. Inductor uses it too.
+
+    Args:
+        activated: whether GELU or ReLU follows.
     """
-    if x.dtype not in IN_ONE_KERNEL or not torch.backends.mkldnn.enabled:
+    faster = ACTIVATED_IN_ONE_KERNEL if activated else IN_ONE_KERNEL
+    if x.dtype not in faster or not torch.backends.mkldnn.enabled:
         return False
     return weight.is_contiguous() or weight.t().is_contiguous()  # else many times slower
 

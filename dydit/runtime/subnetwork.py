@@ -46,11 +46,12 @@ class Subnetwork(nn.Module):
         """Predict the noise of latents x (B, C, height, width) as the engine does; y as for the model.
 
         Raises:
-            ShapeError: no sample, or one of another shape or dtype; where it is not compiled or exported.
+            ShapeError: no sample, or one of another shape, dtype or device. Compiled or exported, it does not
+                look.
         """
         model, blocks = self._parts
         if not torch.compiler.is_compiling():
-            check_inputs(x, y, model.shape, next(model.parameters()).dtype)
+            check_inputs(x, y, model.shape, next(model.parameters()))
         tokens, cond = model.adapter.embed(model.backbone, x, self.timestep, y)
         tokens = tokens.contiguous()  # the token path works on its rows in place
         for part in blocks:

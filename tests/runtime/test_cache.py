@@ -173,3 +173,6 @@ def test_a_budget_below_one_block_is_refused() -> None:
     check_budget(5, 5)
     with pytest.raises(ConfigError, match="memory budget of 4 bytes; expected at least one block's 5 bytes"):
         check_budget(4, 5)
+    for budget in (float("nan"), "1GB", None):
+        with pytest.raises(ConfigError, match=f"memory budget of {budget} bytes"):
+            check_budget(budget, 5)

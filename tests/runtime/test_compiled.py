@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from core_builders import (
+    multiply_in_one_kernel,
     relative_error,
     route_tokens,
     route_widths,
@@ -25,7 +26,7 @@ from dydit.compute.engine import count_engine
 from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime import compiled, layers
+from dydit.runtime import compiled
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.shapes import CONDITIONINGS
 
@@ -189,7 +190,7 @@ def test_what_no_graph_can_share_has_code_of_its_own(monkeypatch: pytest.MonkeyP
 
         return run
 
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset())  # rounds in other places
+    multiply_in_one_kernel(monkeypatch, frozenset())  # rounds in other places
     monkeypatch.setattr(compiled.torch, "compile", compile)
     model, schedule = many_subnetworks()
     fast, eager = (SubnetEngine(model, schedule, mode="capacity", compile=on) for on in (True, False))

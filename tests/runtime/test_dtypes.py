@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from core_builders import TIMESTEPS, relative_error, small_dydit, small_inputs
+from core_builders import TIMESTEPS, multiply_in_one_kernel, relative_error, small_dydit, small_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def test_products_in_one_kernel_or_in_several(
         x = torch.randn(2, rows, weight.shape[1], dtype=dtype)
         layer = (weight, None if bias is None else bias[: len(weight)])
         for precisions in (frozenset(), frozenset({dtype})):
-            monkeypatch.setattr(layers, "IN_ONE_KERNEL", precisions)
+            multiply_in_one_kernel(monkeypatch, precisions)
             room.restart()
             found = layers.linear(x, layer, room, act)
             expected = layers.linear(x, layer, None, act)
@@ -104,12 +104,14 @@ def test_products_in_one_kernel_or_in_several(
 
 def test_which_products_are_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(2, 2, 96).bfloat16(), torch.randn(24, 96).bfloat16()
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.bfloat16}))
+    multiply_in_one_kernel(monkeypatch, frozenset({torch.bfloat16}))
     assert layers.in_one_kernel(x, weight) and layers.in_one_kernel(x, weight.t().contiguous().t())
     assert not layers.in_one_kernel(x[..., :8], weight[:, :8])
     assert not layers.in_one_kernel(x.float(), weight.float())
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32}))
+    multiply_in_one_kernel(monkeypatch, frozenset({torch.float32}))
     assert layers.in_one_kernel(x.float(), weight.float()) and not layers.in_one_kernel(x, weight)
+    monkeypatch.setattr(layers, "ACTIVATED_IN_ONE_KERNEL", frozenset({torch.bfloat16}))
+    assert layers.in_one_kernel(x, weight, activated=True) and not layers.in_one_kernel(x, weight)
 
 
 @pytest.mark.parametrize("mode", ["exact", "capacity"])
@@ -117,12 +119,12 @@ def test_no_kernel_is_made_for_every_number_of_kept_tokens(
     mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, where nothing is filled up, the MLP of kept tokens is multiplied by BLAS."""
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32}))
+    multiply_in_one_kernel(monkeypatch, frozenset({torch.float32}))
     sizes, kernel = set[int](), layers.in_one_kernel
 
-    def seen(x: Tensor, weight: Tensor) -> bool:
+    def seen(x: Tensor, weight: Tensor, activated: bool) -> bool:
         sizes.add(x.shape[:-1].numel())
-        return kernel(x, weight)
+        return kernel(x, weight, activated)
 
     monkeypatch.setattr(layers, "in_one_kernel", seen)
     model, schedule, x, y = routed("adaln_zero")

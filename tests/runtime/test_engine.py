@@ -121,6 +121,18 @@ def test_refuses_what_it_cannot_run() -> None:
         engine_of(model, dtype=torch.int8)
 
 
+def test_refuses_what_lies_on_another_device() -> None:
+    model = small_dydit()
+    engine = engine_of(model)
+    x, y = small_inputs(model.shape)
+    for inputs in ((x.to("meta"), y), (x, y.to("meta"))):
+        told = (
+            rf"latents on {inputs[0].device}, labels on {inputs[1].device}; expected both on cpu; move them"
+        )
+        with pytest.raises(ShapeError, match=told):
+            engine(inputs[0], 20.0, inputs[1])
+
+
 def test_refuses_text_in_another_dtype() -> None:
     model = small_dydit(conditioning="adaln_single")
     x, y = small_inputs(model.shape)

@@ -9,14 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_builders import random_masks, route_tokens, route_widths, small_dydit, small_inputs
+from core_builders import (
+    multiply_in_one_kernel,
+    random_masks,
+    route_tokens,
+    route_widths,
+    small_dydit,
+    small_inputs,
+)
 from cuda_stand_ins import Event, stand_in_for_streams
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime import compiled, layers
+from dydit.runtime import compiled
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.graphs import CudaGraphs
 from dydit.shapes import CONDITIONINGS
@@ -172,6 +179,21 @@ def test_what_fails_as_it_is_fails_when_it_cannot_be_recorded_too() -> None:
         graphs("a", function, torch.ones(3))
 
 
+def test_a_graph_that_failed_lives_as_long_as_the_recordings() -> None:
+    """When one dies, torch frees what the libraries hold for its stream, which the others read."""
+    graphs, (function, _) = CudaGraphs(), counted()
+    x = torch.rand(3)
+    for _ in range(2):
+        graphs("fine", function, torch.ones(3, 2))
+    graphs("fails", lambda x: x * x.sum().item(), x)
+    assert not graphs._failed
+    with pytest.warns(RuntimeWarning, match="not recorded"):
+        graphs("fails", lambda x: x * x.sum().item(), x)
+    assert len(graphs._failed) == 1
+    graphs.clear()
+    assert not graphs._failed and not graphs._recordings
+
+
 def test_nothing_is_forgotten_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = list[bool]()
     graphs, (function, _) = CudaGraphs(), counted()
@@ -197,7 +219,7 @@ def test_replayed_subnetworks_give_what_the_engine_does(
     capacities = np.random.default_rng(0).integers(0, model.shape.tokens + 1, (len(STEPS), model.shape.depth))
     schedule = SubnetSchedule.from_model(model, STEPS, capacities=capacities)
     plain = SubnetEngine(model, schedule, mode="capacity", memory_budget=1e9)
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset())  # rounds in other places
+    multiply_in_one_kernel(monkeypatch, frozenset())  # rounds in other places
     monkeypatch.setattr(compiled.torch, "compile", lambda function: function)
     engine = SubnetEngine(model, schedule, mode="capacity", memory_budget=1e9, compile=True)
     monkeypatch.setattr(SubnetEngine, "records", property(lambda self: self is engine))

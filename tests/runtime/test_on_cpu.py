@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_builders import TIMESTEPS, relative_error, route_tokens, small_dydit, small_inputs
+from core_builders import (
+    TIMESTEPS,
+    multiply_in_one_kernel,
+    relative_error,
+    route_tokens,
+    small_dydit,
+    small_inputs,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +24,6 @@ from dydit.compute.engine import count_engine, record_token_logits
 from dydit.config import DyDiTConfig
 from dydit.export.schedule import SubnetSchedule
 from dydit.processor import HAS_AMX
-from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.on_cpu import _function_of, _put_rows
 from dydit.shapes import CONDITIONINGS
@@ -67,7 +73,7 @@ def test_both_forms_compute_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In float32 also with oneDNN's products, on any CPU; in bfloat16 the MLP's batches are filled up."""
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({dtype} if one_kernel else ()))
+    multiply_in_one_kernel(monkeypatch, frozenset({dtype} if one_kernel else ()))
     engine, x, y = routed(conditioning, mode, dtype, batch)
     for t in TIMESTEPS:
         with record_token_logits(engine) as on_cpu:
@@ -88,7 +94,7 @@ def test_it_executes_what_fvcore_counts(
     conditioning: str, mode: Mode, one_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's own counter sees the products that run; fvcore those of the other form, and the norms."""
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset({torch.float32} if one_kernel else ()))
+    multiply_in_one_kernel(monkeypatch, frozenset({torch.float32} if one_kernel else ()))
     engine, x, y = routed(conditioning, mode)
     rules = {LINEAR: linear_flops, ATTENTION: attention_flops}
     for t in TIMESTEPS:

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from core_builders import TIMESTEPS, relative_error, route_tokens, small_dydit, small_inputs
+from core_builders import (
+    TIMESTEPS,
+    multiply_in_one_kernel,
+    relative_error,
+    route_tokens,
+    small_dydit,
+    small_inputs,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
@@ -45,9 +52,7 @@ def test_it_computes_what_the_engine_does(
 ) -> None:
     monkeypatch.setattr(layers, "HAS_AMX", has_amx)
     monkeypatch.setattr(layers, "HAS_BF16", True)
-    monkeypatch.setattr(
-        layers, "IN_ONE_KERNEL", IN_ONE_KERNEL if has_amx else IN_ONE_KERNEL - {torch.bfloat16}
-    )
+    multiply_in_one_kernel(monkeypatch, IN_ONE_KERNEL if has_amx else IN_ONE_KERNEL - {torch.bfloat16})
     engine = make_engine(mode=mode)
     engine = SubnetEngine(engine.model, engine.schedule, dtype, mode=mode)
     x, y = small_inputs(engine.shape)

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from core_builders import TIMESTEPS, small_dydit, small_inputs
+from core_builders import TIMESTEPS, multiply_in_one_kernel, small_dydit, small_inputs
 
 from dydit.export.schedule import SubnetSchedule
-from dydit.runtime import layers
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.layers import linear
 from dydit.runtime.workspace import ALIGNMENT, Workspace, Workspaces, space
@@ -80,7 +79,7 @@ def test_without_a_workspace_torch_makes_the_memory() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_in_a_workspace(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "IN_ONE_KERNEL", frozenset())  # which takes new memory
+    multiply_in_one_kernel(monkeypatch, frozenset())  # which takes new memory
     layer, x = torch.nn.Linear(6, 5, bias=bias).requires_grad_(False), torch.randn(2, 3, 6)
     workspace = Workspace()
     for _ in range(2):  # the first time it has no memory yet
