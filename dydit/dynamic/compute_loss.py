@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from dydit.config import DyDiTConfig
@@ -9,6 +11,8 @@ from dydit.costs import BlockCost, RouterShape, block_cost, outer_macs, static_m
 from dydit.routing.routers import router_shape
 from dydit.routing.routing import Routing
 from dydit.shapes import ModelShape
+
+MeanOverRanks = Callable[[Tensor], Tensor]
 
 
 def deployed_routers(shape: ModelShape, config: DyDiTConfig) -> RouterShape:
@@ -46,8 +50,29 @@ def minimum_ratio(shape: ModelShape, config: DyDiTConfig) -> float:
 
 
 def compute_loss(ratio: Tensor, target: float) -> Tensor:
-    """(mean ratio − target)²; the mean is over the whole batch, on all ranks, before the square."""
+    """(mean ratio − target)², a scalar.
+
+    The mean is over the samples given, before the square. Where several processes share a batch, give it
+    their ``pooled_mean``: the mean of each rank's own square is another loss.
+    """
     return (ratio.mean() - target) ** 2
+
+
+def pooled_mean(values: Tensor, mean_over_ranks: MeanOverRanks) -> Tensor:
+    """Mean of ``values`` over the batches of all processes, with the gradient that averaging needs.
+
+    The value is the mean over all ranks (squaring each rank's own mean would be another loss); the gradient
+    is this rank's, d mean(values). DDP and FSDP then average gradients over ranks, so for L = (m − λ)² they
+    arrive at (1/W) Σ_r 2 (m − λ) dm_r = dL: exact with equal batches, and no collective in the backward.
+
+    Args:
+        values: (B,) of this process.
+        mean_over_ranks: a detached scalar -> its mean over all processes, such as
+            ``lambda m: accelerator.reduce(m, "mean")``.
+    """
+    local = values.mean()
+    # local + 0 in the value, so that one process alone gets its own mean to the bit
+    return local + (mean_over_ranks(local.detach()) - local.detach())
 
 
 def ramped_target(step: int, target: float, ramp_steps: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dydit.adapters.registry import adapter_for
+from dydit.adapters.registry import adapter_for, backbone_class
 from dydit.config import DyDiTConfig
 from dydit.dynamic.dydit import DyDiT
 from dydit.dynamic.importance import permute_by_importance
@@ -41,7 +41,7 @@ def convert(backbone: Any, config: DyDiTConfig | None = None, *, copy: bool = Tr
     arguments = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
     # By name: diffusers takes positional arguments for defaults, and from_config would leave them out.
     model = DyDiT(
-        backbone_class=type(backbone).__name__,
+        backbone_class=backbone_class(backbone),
         backbone_config=arguments,
         dydit=config.model_dump(),
         backbone=backbone,

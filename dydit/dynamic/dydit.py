@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dydit.adapters.registry import adapter_for, build_backbone
 from dydit.config import DyDiTConfig
 from dydit.costs import ROUTERS
-from dydit.dynamic.masked import masked_block
+from dydit.dynamic.masked import BlockGates, masked_block
 from dydit.errors import ConfigError, ShapeError
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
@@ -26,7 +26,7 @@ from dydit.shapes import ModelShape
 
 
 @dataclass(frozen=True)
-class _GateArguments:
+class _ModelGates:
     """What the blocks of one forward get to know of their gates.
 
     Args:
@@ -45,16 +45,18 @@ class _GateArguments:
     capacities: Sequence[int] | None = None
     complete: bool = False
 
-    def of_block(self, i: int) -> tuple[Any, ...]:
-        """The last arguments of ``masked_block`` for block ``i``."""
-        if self.complete:
-            return None, None, None, True
-        assert self.heads is not None and self.groups is not None
-        tokens = None if self.tokens is None else self.tokens[:, i]
-        gates = (self.heads[:, i], self.groups[:, i], tokens, False)
-        if self.capacities is not None:
-            return *gates, None, None, self.capacities[i]
-        return gates if self.noise is None else (*gates, self.noise.tokens[:, i], self.noise.temperature)
+    def of_block(self, i: int) -> BlockGates:
+        """Those of block ``i``."""
+        noise = self.noise
+        return BlockGates(
+            heads=None if self.heads is None else self.heads[:, i],
+            groups=None if self.groups is None else self.groups[:, i],
+            tokens=None if self.tokens is None else self.tokens[:, i],
+            noise=None if noise is None else noise.tokens[:, i],
+            temperature=None if noise is None else noise.temperature,
+            capacity=None if self.capacities is None else self.capacities[i],
+            complete=self.complete,
+        )
 
 
 class DynamicBlock(nn.Module):
@@ -70,17 +72,10 @@ class DynamicBlock(nn.Module):
         block: nn.Module,
         x: Tensor,
         cond: Conditioning,
-        heads: Tensor | None,
-        groups: Tensor | None,
-        tokens: Tensor | None,
-        complete: bool,
-        noise: Tensor | None = None,
-        temperature: Tensor | float | None = None,
-        capacity: int | None = None,
+        gates: BlockGates,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See ``masked_block``."""
-        gates = (heads, groups, tokens, complete, noise, temperature, capacity)
-        return masked_block(adapter, block, self.routers, x, cond, *gates)
+        return masked_block(adapter, block, self.routers, x, cond, gates)
 
 
 class DyDiT(PretrainedModel, ConfigMixin):
@@ -189,20 +184,20 @@ class DyDiT(PretrainedModel, ConfigMixin):
             self._check_capacities(capacities, gates_given=complete or routing is not None)
         tokens, cond = self.adapter.embed(self.backbone, x, t, y)
         if complete:
-            run = _GateArguments(complete=True)
+            run = _ModelGates(complete=True)
         elif routing is not None:
             routing.check(self.shape, x.shape[0])
             heads, groups, given = (
                 g.to(tokens.dtype) for g in (routing.heads, routing.groups, routing.tokens)
             )
-            run = _GateArguments(heads, groups, given)
+            run = _ModelGates(heads, groups, given)
         else:
             logits = self.width_logits(cond.timestep)
             heads, groups = self._width_gates(logits, noise)
-            run = _GateArguments(heads, groups, noise=noise, capacities=capacities)
+            run = _ModelGates(heads, groups, noise=noise, capacities=capacities)
         kept: list[Any] = []  # gates (B, N) and logits (B, N) per block; None where complete
         for i, (dynamic, block) in enumerate(zip(self.dynamic_blocks, self._blocks(), strict=True)):
-            tokens, *keep = self._run_block(dynamic, block, tokens, cond, *run.of_block(i))
+            tokens, *keep = self._run_block(dynamic, block, tokens, cond, run.of_block(i))
             kept.append(keep)
         prediction = self.adapter.decode(self.backbone, tokens, cond)
         if not return_routing:

@@ -7,6 +7,7 @@ a token's gate multiplies what the MLP adds to it. Biases of the output projecti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,30 @@ from dydit.adapters.base import Adapter, AttentionParts, MlpParts
 from dydit.models.blocks import Conditioning, add_gated, modulate
 from dydit.routing.routers import BlockRouters
 from dydit.routing.tokens import top_gates
+
+
+@dataclass(frozen=True)
+class BlockGates:
+    """What one block gets to know of its gates.
+
+    Attributes:
+        heads: gates (B, H); None = all on.
+        groups: gates (B, G); None = all on.
+        tokens: gates (B, N) to use; None: the token router decides.
+        noise: of (B, N), for its decision in training, see ``BlockRouters.gate``.
+        temperature: of that decision.
+        capacity: tokens of each sample that enter the MLP, highest scores first, in place of those above the
+            threshold.
+        complete: every token enters the MLP, and the token router is not asked.
+    """
+
+    heads: Tensor | None = None
+    groups: Tensor | None = None
+    tokens: Tensor | None = None
+    noise: Tensor | None = None
+    temperature: Tensor | float | None = None
+    capacity: int | None = None
+    complete: bool = False
 
 
 def masked_attention(parts: AttentionParts, x: Tensor, heads: Tensor | None) -> Tensor:
@@ -50,23 +75,9 @@ def masked_block(
     routers: BlockRouters,
     x: Tensor,
     cond: Conditioning,
-    heads: Tensor | None,
-    groups: Tensor | None,
-    tokens: Tensor | None,
-    complete: bool = False,
-    noise: Tensor | None = None,
-    temperature: Tensor | float | None = None,
-    capacity: int | None = None,
+    gates: BlockGates,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run one block on tokens x (B, N, D).
-
-    Args:
-        heads: gates (B, H), groups: gates (B, G); None = all on.
-        tokens: gates (B, N) to use; None lets the token router decide.
-        complete: ignore the token router; every token enters the MLP.
-        noise, temperature: for the token gates in training (see ``BlockRouters.gate``).
-        capacity: tokens of each sample that enter the MLP, highest scores first, in place of those above the
-            threshold.
 
     Returns:
         The tokens (B, N, D); the token gates (B, N) that were used, None when complete; and the token
@@ -75,17 +86,17 @@ def masked_block(
     norm1, norm2 = adapter.norms(block)
     m = adapter.modulation(block, cond)
     attended = masked_attention(
-        adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), heads
+        adapter.attention(block), modulate(norm1(x), m.shift_attn, m.scale_attn), gates.heads
     )
     x = adapter.cross(block, add_gated(x, attended, m.gate_attn), cond)
-    logits = None
-    if not complete and tokens is None:
+    tokens, logits = gates.tokens, None
+    if not gates.complete and tokens is None:
         logits = routers.token_logits(x)
-        if capacity is None:
-            tokens = routers.gate(logits, routers.config.token_threshold, noise, temperature)
+        if gates.capacity is None:
+            tokens = routers.gate(logits, routers.config.token_threshold, gates.noise, gates.temperature)
         else:
-            tokens = top_gates(logits, capacity)
-    update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), groups)
+            tokens = top_gates(logits, gates.capacity)
+    update = masked_mlp(adapter.mlp(block), modulate(norm2(x), m.shift_mlp, m.scale_mlp), gates.groups)
     if tokens is not None:
         update = update * tokens.unsqueeze(-1).to(update.dtype)
     return add_gated(x, update, m.gate_mlp), tokens, logits

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from dydit.adapters.registry import adapter_for
 from dydit.config import ComputeConfig, WarmupConfig
-from dydit.dynamic.compute_loss import compute_loss, ramped_target
+from dydit.dynamic.compute_loss import MeanOverRanks, compute_loss, pooled_mean, ramped_target
 from dydit.routing.gates import centred
 from dydit.routing.routing import RoutingLogits
 from dydit.training.batch import NoisyBatch
 from dydit.training.features import block_outputs, feature_distance
-
-MeanOverRanks = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,15 +151,3 @@ def dynamic_terms(
         total = total + taught.total
         parts.update(taught.parts)
     return LossTerms(total, parts)
-
-
-def pooled_mean(values: Tensor, mean_over_ranks: MeanOverRanks) -> Tensor:
-    """Mean of ``values`` over the batches of all processes, with the gradient that averaging needs.
-
-    The value is the mean over all ranks (squaring each rank's own mean would be another loss); the gradient
-    is this rank's, d mean(values). DDP and FSDP then average gradients over ranks, so for L = (m − λ)² they
-    arrive at (1/W) Σ_r 2 (m − λ) dm_r = dL: exact with equal batches, and no collective in the backward.
-    """
-    local = values.mean()
-    # local + 0 in the value, so that one process alone gets its own mean to the bit
-    return local + (mean_over_ranks(local.detach()) - local.detach())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dydit import DyDiT, DyDiTConfig, convert, load_backbone
 from dydit.config import ComputeConfig, DataConfig, ObjectiveConfig, RunConfig, WarmupConfig
 from dydit.diffusion import make_objective
-from dydit.dynamic.compute_loss import compute_ratio
+from dydit.dynamic.compute_loss import compute_ratio, pooled_mean
 from dydit.errors import ConfigError
 from dydit.routing.gates import logit
 from dydit.routing.routing import RoutingLogits
@@ -26,7 +26,6 @@ from dydit.training.losses import (
     complete_terms,
     dynamic_terms,
     indecision,
-    pooled_mean,
     static_terms,
     teacher_terms,
 )
