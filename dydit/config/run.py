@@ -20,6 +20,7 @@ from dydit.config.sections import (
     Section,
     TrainConfig,
     WarmupConfig,
+    samplers_of,
 )
 from dydit.errors import ConfigError
 
@@ -76,11 +77,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sampler_fits_objective(self) -> Self:
-        if self.sampler.is_flow != (self.objective.name == "flow"):
-            fitting = "flow_euler or flow_heun" if self.objective.name == "flow" else "ddim, ddpm or dpm++"
+        flow = self.objective.name == "flow"
+        if self.sampler.is_flow != flow:
             raise ConfigError(
                 f"sampler.name is {self.sampler.name} with objective.name {self.objective.name}",
-                expected=f"{fitting} for this objective",
+                expected=f"{samplers_of(flow)} for this objective",
                 remedy="set sampler.name",
             )
         if self.sampler.num_train_timesteps != self.objective.num_timesteps:

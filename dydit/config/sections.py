@@ -1,6 +1,7 @@
 """The sections of a run's configuration: frozen, with every value's range, unit and meaning beside it.
 
-Defaults are the recipe of Zhao et al. (DyDiT, ICLR 2025) for XL at half the compute where it names a number.
+Defaults are those of Zhao et al. (DyDiT, ICLR 2025) where they hold for any model; what they chose for XL at
+half the compute, such as the warm-up's steps and the clip norm, is in configs/dydit_xl_0.5.yaml.
 """
 
 from __future__ import annotations
@@ -234,8 +235,8 @@ class TrainConfig(Section):
     keep_every: PositiveInt | None = Field(
         default=None, description="also keep checkpoints at multiples of this step; empty: none"
     )
-    max_nonfinite: int = Field(
-        default=10, ge=0, description="steps with a non-finite loss or gradient in a row before giving up"
+    max_nonfinite: PositiveInt = Field(
+        default=10, description="steps with a non-finite loss or gradient in a row before giving up"
     )
 
 
@@ -336,10 +337,15 @@ class SamplerConfig(Section):
         if known is not None and _is_flow(known) != self.is_flow:
             raise ConfigError(
                 f"sampler {self.name} for a model that is sampled by {known}",
-                expected="ddim, ddpm or dpm++" if self.is_flow else "flow_euler or flow_heun",
+                expected=samplers_of(flow=not self.is_flow),
                 remedy="choose one of these, as the other kind takes the model's output for something else",
             )
         return self
+
+
+def samplers_of(flow: bool) -> str:
+    """Those that integrate a velocity, or those that take the model's output for noise, in words."""
+    return "flow_euler or flow_heun" if flow else "ddim, ddpm or dpm++"
 
 
 def _is_flow(sampler: str) -> bool:

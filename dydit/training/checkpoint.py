@@ -31,12 +31,17 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_ANOTHER = "take another checkpoint, or --resume auto for the newest intact one"
 # What is written in a run folder, under the names that it has before it is whole.
 _SCRATCH = (
     f"{CHECKPOINTS}/.step-*", ".latest.*", ".config.yaml.*", ".metrics.jsonl.*", ".wandb_id.*", ".model.*",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+
+class BrokenCheckpointError(CheckpointError):
+    """A checkpoint of which a part is missing or altered, so that an older one is better than none."""
 
 
 @dataclass(frozen=True)
@@ -112,34 +117,65 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check a checkpoint's files against its manifest, and return that.
 
     Raises:
-        CheckpointError: names the checkpoint and the first file at fault.
+        BrokenCheckpointError: names the checkpoint and the first file at fault.
+        CheckpointError: a file cannot be read, or the format is another version's: it may well be intact.
     """
-    remedy = "take another checkpoint, or --resume auto for the newest intact one"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, version = dict(manifest["files"]), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        manifest = _read_manifest(folder)
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry["bytes"]:
+                seen = "is missing" if size is None else f"has {size} bytes"
+                raise BrokenCheckpointError(
+                    f"checkpoint {folder}: {name} {seen}", expected=f"{entry['bytes']} bytes", remedy=_ANOTHER
+                )
+            if sha256_of(path) != entry["sha256"]:
+                raise BrokenCheckpointError(
+                    f"checkpoint {folder}: {name} is corrupt",
+                    expected=f"sha256 {entry['sha256'][:12]}…",
+                    remedy=_ANOTHER,
+                )
+    except OSError as problem:
         raise CheckpointError(
+            f"checkpoint {folder}: {problem.filename or 'a file'} cannot be read ({problem.strerror})",
+            remedy="make it readable, or move the checkpoint away to go on from the one before",
+        ) from problem
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``_write_manifest`` wrote.
+
+    Raises:
+        BrokenCheckpointError: it is missing, or something else.
+        CheckpointError: it has another format.
+        OSError: it is there and cannot be read.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+        if version == FORMAT:  # all that is read of it is there
+            _ = int(manifest["step"]), files[STATE], [(e["bytes"], e["sha256"][:12]) for e in files.values()]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as problem:
+        raise BrokenCheckpointError(
             f"checkpoint {folder} has no readable {MANIFEST} ({type(problem).__name__})",
-            expected="a folder checkpoints/step-…", remedy=remedy,
+            expected="a folder checkpoints/step-…", remedy=_ANOTHER,
         ) from problem  # fmt: skip
     if version != FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {version}", expected=f"format {FORMAT}")
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            seen = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(
-                f"checkpoint {folder}: {name} {seen}", expected=f"{entry['bytes']} bytes", remedy=remedy
-            )
-        if sha256_of(path) != entry["sha256"]:
-            raise CheckpointError(
-                f"checkpoint {folder}: {name} is corrupt",
-                expected=f"sha256 {entry['sha256'][:12]}…",
-                remedy=remedy,
-            )
-    return dict(manifest)
+        raise CheckpointError(
+            f"checkpoint {folder} has format {version}",
+            expected=f"format {FORMAT}",
+            remedy="continue with the dydit that wrote it",
+        )
+    return manifest
 
 
 def checkpoint_name(step: int) -> str:
@@ -166,7 +202,8 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
             checkpoint or of a run folder.
 
     Raises:
-        CheckpointError: there is nothing at that path, or no checkpoint of the run is intact.
+        CheckpointError: there is nothing at that path, no checkpoint of the run is intact, or the newest that
+            is not broken cannot be read.
     """
     if resume == "auto":
         return _newest_intact(run)
@@ -186,7 +223,7 @@ def _newest_intact(run: Path) -> Path | None:
     for folder in reversed(found.values()):
         try:
             verify(folder)
-        except CheckpointError as problem:
+        except BrokenCheckpointError as problem:
             problems.append(str(problem))
             log.warning("skipped: %s", problem)
         else:

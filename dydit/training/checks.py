@@ -9,6 +9,7 @@ from typing import Any
 
 from dydit.config import RunConfig, Section
 from dydit.dynamic.compute_loss import minimum_ratio
+from dydit.dynamic.dydit import DyDiT
 from dydit.errors import CheckpointError, ConfigError
 
 # A run cannot go on from a checkpoint when one of these differs: the tensors or their meaning would not fit.
@@ -16,6 +17,27 @@ FIXED_SECTIONS = ("task", "seed", "model", "dydit", "objective")
 SAMPLES = "samples"  # of the data set, in a checkpoint's state
 
 log = logging.getLogger(__name__)
+
+
+def check_model(model: Any, cfg: RunConfig) -> None:
+    """Refuse a model that is not the one which the configuration describes.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    dynamic = isinstance(model, DyDiT)
+    if dynamic != (cfg.task == "finetune"):
+        raise ConfigError(
+            f"a {type(model).__name__} for task {cfg.task}",
+            expected="a DyDiT for finetune, a static model for pretrain",
+            remedy="convert the model, or change task",
+        )
+    if dynamic and model.routing_config != cfg.dydit:
+        saved, mine = model.routing_config.model_dump(mode="json"), cfg.dydit.model_dump(mode="json")
+        raise ConfigError(
+            f"the model was converted with {_first_change('dydit', saved, mine)}",
+            remedy="give the run the model's own: cfg.dydit = model.routing_config",
+        )
 
 
 def check_target(model: Any, cfg: RunConfig) -> None:

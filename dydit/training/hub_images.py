@@ -50,7 +50,7 @@ class HubImages:
         self.image = _column(kinds, "Image", "image", path)
         self.label = _column(kinds, "ClassLabel", "label", path)
         named = getattr(features[self.label], "num_classes", None)
-        self.labels = list(self.rows[self.label]) if named is None else []
+        self.labels = self._whole_numbers(list(self.rows[self.label])) if named is None else []
         counted = [label for label in self.labels if on_bad == "raise" or label < LABEL_LIMIT]
         self.num_classes = 1 + max(counted, default=-1) if named is None else int(named)
         self.side, self.sample_shape = side, (3, side, side)
@@ -64,6 +64,16 @@ class HubImages:
             return square(row[self.image], self.side), int(row[self.label])
         except Exception as problem:  # Pillow's decoders raise whatever broken bytes lead them to
             raise DataError(f"{self.file_of(index)} cannot be read ({problem})") from problem
+
+    def _whole_numbers(self, labels: list[Any]) -> list[int]:
+        for row, label in enumerate(labels):
+            if not isinstance(label, int):
+                raise DataError(
+                    f"{self.file_of(row)} has {label!r} in the column {self.label}",
+                    expected="a whole number",
+                    remedy=f"give each row one, or class_encode_column({self.label!r}) for words",
+                )
+        return labels
 
     def file_of(self, index: int) -> str:
         """The folder, and the row of item ``index``: the library does not keep the names of files."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from dydit.config import RunConfig, dump_config
-from dydit.errors import CheckpointError, OutputError, TrainingError
-from dydit.files import check_writable, new_folder, write_file
+from dydit.errors import CheckpointError, DyditError, OutputError, TrainingError
+from dydit.files import new_folder, write_file
 from dydit.models.fixed_positions import computed_left_out
 from dydit.precision import converted_copy
 from dydit.training.checkpoint import (
     CHECKPOINTS,
     Snapshot,
-    find_checkpoint,
     identity,
     leave_behind,
-    list_checkpoints,
     load_checkpoint,
     prune,
     remove_scratch,
@@ -34,14 +32,12 @@ from dydit.training.checkpoint import (
 )
 from dydit.training.checks import SAMPLES, check_same_data
 from dydit.training.data import LabelledImages
+from dydit.training.folder import CONFIG_FILE, MODEL_FOLDER, RunFolder, is_inside
 from dydit.training.metrics import MetricsFile, one_line
 from dydit.training.rng import scoped_rng
 from dydit.training.signals import StopRequest, stop_on_signal
 from dydit.training.trackers import Trackers, check_trackers
 from dydit.training.trainer import Trainer
-
-CONFIG_FILE = "config.yaml"
-MODEL_FOLDER = "model"
 
 OnStep = Callable[[int, Mapping[str, float] | None], None]
 
@@ -77,10 +73,10 @@ def train(
     current step with a checkpoint. Arguments and errors as for ``run_training``.
 
     Args:
-        model: trained in place; ends with the averaged weights.
+        model: trained in place; ends with the averaged weights, on the device that it was trained on.
         cfg: the run.
         dataset: training samples.
-        frozen_backbone: teacher for ``warmup.mode`` distill.
+        frozen_backbone: teacher for ``warmup.mode`` distill; frozen, and moved to that device.
         resume: as for ``run_training``.
         on_step: as ``callback`` there.
     """
@@ -88,21 +84,22 @@ def train(
     with scoped_rng(), stop_on_signal() as stop:
         trainer = Trainer(model, cfg, dataset, frozen_backbone)
         loop = Loop(trainer, run, on_step)
-        loop.open(resume)
-        try:
-            stopped = loop.run(stop)
-        except BaseException:
-            loop.abandon()
-            raise
-        loop.close()
-        metrics, checkpoint = loop.record, loop.checkpoint
-        steps, is_main = trainer.progress.step, trainer.accelerator.is_main_process
-        trained = trainer.close()
+        with loop.folder_held():
+            try:
+                loop.open(resume)
+                stopped = loop.run(stop)
+            except BaseException:
+                loop.abandon()
+                raise
+            loop.close()
+            metrics, checkpoint = loop.record, loop.checkpoint
+            steps, is_main = trainer.progress.step, trainer.accelerator.is_main_process
+            trained = trainer.close()
+            exported = None if stopped else loop.export(trained)
     if stopped:
         by = stop.signal_name or "another process"
         _say(f"stopped by {by} at step {steps}; continue with --resume auto", is_main)
-        return TrainResult(steps, trained, metrics, checkpoint, stopped=True)
-    return TrainResult(steps, trained, metrics, checkpoint, loop.export(trained))
+    return TrainResult(steps, trained, metrics, checkpoint, exported, stopped)
 
 
 class Loop:
@@ -110,38 +107,65 @@ class Loop:
 
     def __init__(self, trainer: Trainer, run: Path, on_step: OnStep | None = None) -> None:
         self.trainer, self.run_folder, self.on_step = trainer, run, on_step
+        self._folder = RunFolder(run)
         self.is_main: bool = trainer.accelerator.is_main_process
         self.file = MetricsFile(run, enabled=self.is_main)
         self.record: Mapping[str, float] = {}
         self.checkpoint: Path | None = None
-        self._trackers: Trackers | None = None
+        self._trackers: Trackers | None = None  # of the main process
         self._timed_from, self._timed_step = time.perf_counter(), 0
 
-    def open(self, resume: str | None) -> None:
-        """Prepare the run folder and, if asked, take up a checkpoint.
+    @contextmanager
+    def folder_held(self) -> Iterator[None]:
+        """Keep other runs out of the run folder within the ``with``; one to be made is held once it is there.
 
         Raises:
-            OutputError: the folder cannot be written, or holds a run and ``resume`` does not continue it.
+            OutputError: on every process: it cannot be written, or another run is in it.
+        """
+        self._on_main(self._folder.hold_if_there)
+        try:
+            yield
+        finally:
+            self._folder.release()
+
+    def open(self, resume: str | None) -> None:
+        """Take up a checkpoint, if asked, and prepare the run folder.
+
+        Raises:
+            OutputError: folder or tracker cannot be written, or another run is in it; and as ``take_up``.
+            CheckpointError, ConfigError: as ``take_up``.
+        """
+        self.take_up(resume)
+        self._on_main(lambda: self._prepare(resume))
+
+    def take_up(self, resume: str | None) -> None:
+        """Load the checkpoint that ``resume`` means, if any; writes nothing.
+
+        Raises:
+            OutputError: the folder holds a run and ``resume`` does not continue it.
             CheckpointError: the checkpoint is broken, belongs to another run, or is not the same one on all
                 processes.
             ConfigError: a tracker is not installed.
         """
-        run, trainer = self.run_folder, self.trainer
+        trainer = self.trainer
         check_trackers(trainer.cfg.train.trackers)
-        snapshot = self._take_up(resume)
+        snapshot = self._snapshot_of(resume)
         if snapshot is not None:
             check_same_data(trainer.cfg, len(trainer.dataset), snapshot.state)
             trainer.load(snapshot)
             self.record = snapshot.state["metrics"]
             _say(f"resumed at step {trainer.progress.step} from {self.checkpoint}", self.is_main)
-        if self.is_main:
-            check_writable(run / CHECKPOINTS)
-            remove_scratch(run)
-            if resume is not None and self.checkpoint == Path(resume):
-                self._leave_behind(self.checkpoint)
-            write_file(run / CONFIG_FILE, dump_config(trainer.cfg))
+
+    def _prepare(self, resume: str | None) -> None:
+        """Start the trackers, which may refuse; then clear the run folder of what is no longer the run's."""
+        run, trainer = self.run_folder, self.trainer
+        self._folder.hold()
+        self._trackers = Trackers(trainer.cfg)
+        remove_scratch(run)
+        if resume is not None and self.checkpoint == Path(resume):
+            self._leave_behind(self.checkpoint)
+        write_file(run / CONFIG_FILE, dump_config(trainer.cfg))
         self.file.truncate(trainer.progress.step)
-        self._trackers = Trackers(trainer.accelerator, trainer.cfg)
 
     def close(self) -> None:
         """Flush the trackers; every process learns whether it worked.
@@ -149,14 +173,16 @@ class Loop:
         Raises:
             OutputError: one could not be written; names the last good checkpoint.
         """
-        if self._trackers is not None:
-            self._write(self._trackers.finish)
+        self._write(self._finish)
 
     def abandon(self) -> None:
         """Flush the trackers as far as they can be: an error is on its way that is not to be hidden."""
+        with suppress(Exception):
+            self._finish()
+
+    def _finish(self) -> None:
         if self._trackers is not None:
-            with suppress(Exception):
-                self._trackers.finish()
+            self._trackers.finish()
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step; returns whether the run was stopped before it.
@@ -243,7 +269,7 @@ class Loop:
         self._write(lambda: export_model(model, folder, self.trainer.cfg.train.model_dtype))
         return folder
 
-    def _take_up(self, resume: str | None) -> Snapshot | None:
+    def _snapshot_of(self, resume: str | None) -> Snapshot | None:
         """The checkpoint that ``resume`` means, once all processes have read the same one.
 
         Each looks for itself: nodes without a shared disk may hold different ones, or none.
@@ -252,7 +278,7 @@ class Loop:
         problem: CheckpointError | OutputError | None = None
         seen = "none"
         try:
-            self.checkpoint = _checkpoint_of(self.run_folder, resume)
+            self.checkpoint = self._folder.checkpoint_of(resume)
             if self.checkpoint is not None:
                 snapshot, seen = load_checkpoint(self.checkpoint), identity(self.checkpoint)
         except (CheckpointError, OutputError) as error:
@@ -276,15 +302,15 @@ class Loop:
             _say(f"deleted the checkpoints after it, which are left behind: step {steps}", self.is_main)
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives on the main process, or its OutputError, on every process."""
+        """What ``work`` gives on the main process, or its error, on every process."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
                 outcome = [work()]
-            except OutputError as problem:
+            except DyditError as problem:
                 outcome = [problem]
         outcome = broadcast_object_list(outcome)
-        if isinstance(outcome[0], OutputError):
+        if isinstance(outcome[0], DyditError):
             raise outcome[0]
         return outcome[0]
 
@@ -293,7 +319,7 @@ class Loop:
         try:
             self._on_main(work)
         except OutputError as problem:
-            own = self.checkpoint is None or _inside(self.checkpoint, self.run_folder / CHECKPOINTS)
+            own = self.checkpoint is None or is_inside(self.checkpoint, self.run_folder / CHECKPOINTS)
             raise OutputError(
                 f"{problem}; {self._last_good()}",
                 remedy=f"continue with --resume {'auto' if own else self.checkpoint}",
@@ -326,22 +352,6 @@ def export_model(model: Any, folder: Path, dtype: str = "float32") -> Path:
     with new_folder(folder) as scratch, computed_left_out(model):
         model.save_pretrained(scratch)
     return folder
-
-
-def _checkpoint_of(run: Path, resume: str | None) -> Path | None:
-    """What ``resume`` means for a run folder; a run in it is not started over."""
-    there = list_checkpoints(run)
-    checkpoint = None if resume is None else find_checkpoint(run, resume)
-    if there and not _inside(checkpoint, run / CHECKPOINTS):
-        raise OutputError(
-            f"{run} holds a run already, up to step {list(there)[-1]}",
-            remedy="continue it with --resume auto, or set another output_dir",
-        )
-    return checkpoint
-
-
-def _inside(path: Path | None, folder: Path) -> bool:
-    return path is not None and path.resolve().parent == folder.resolve()
 
 
 def _say(text: str, is_main: bool) -> None:

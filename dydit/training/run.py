@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone
 from dydit.training.data import LabelledImages, make_dataset
 from dydit.training.image_size import with_image_size
-from dydit.training.loop import OnStep, TrainResult, train
+from dydit.training.loop import Loop, OnStep, TrainResult, train
 from dydit.training.memory import MIB, SavedForBackward, describe_state, state_memory
 from dydit.training.metrics import one_line
 from dydit.training.rng import scoped_rng
-from dydit.training.trackers import check_trackers
 from dydit.training.trainer import Trainer
 
 
@@ -33,7 +33,8 @@ def run_training(
         cfg: the run; ``task`` pretrain trains a static DiT, finetune converts a backbone and trains that.
         resume: ``auto`` (newest intact checkpoint in ``output_dir``, or from the start if there is none), the
             path of a checkpoint or run folder, or None to start in an empty folder.
-        dry_run: print configuration, sizes and compute, try one step, write nothing.
+        dry_run: print configuration, sizes and compute, try one step from where the run would start, write
+            nothing.
         callback: called after every step with its number, and with the metrics when they were logged.
 
     Raises:
@@ -49,7 +50,7 @@ def run_training(
         set_seed(cfg.seed)
         model, backbone = build_model(cfg, dataset.num_classes)
     if dry_run:
-        return _try_one_step(model, cfg, dataset, backbone)
+        return _try_one_step(model, cfg, dataset, backbone, resume)
     return train(model, cfg, dataset, frozen_backbone=backbone, resume=resume, on_step=callback)
 
 
@@ -91,10 +92,12 @@ def describe(model: Any, cfg: RunConfig, shards: int = 1, teacher: Any = None) -
     return "\n".join(lines)
 
 
-def _try_one_step(model: Any, cfg: RunConfig, dataset: LabelledImages, backbone: Any) -> TrainResult:
-    check_trackers(cfg.train.trackers)
+def _try_one_step(
+    model: Any, cfg: RunConfig, dataset: LabelledImages, backbone: Any, resume: str | None
+) -> TrainResult:
     with scoped_rng():
         trainer = Trainer(model, cfg, dataset, backbone)
+        Loop(trainer, Path(cfg.output_dir)).take_up(resume)
         accelerator = trainer.accelerator
         if accelerator.is_main_process:
             sharded = accelerator.distributed_type == DistributedType.FSDP

@@ -105,7 +105,7 @@ def read_index(shard: Path) -> Iterator[ShardSample | DataError]:
     images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, bytes] = {}
     try:
-        with tarfile.open(shard) as archive:
+        with tarfile.open(shard, "r:") as archive:  # not compressed: images are read at their offsets
             for member in archive:
                 key = _key(member.name)
                 if member.isfile() and member.name.lower().endswith(IMAGE_ENDINGS):
@@ -113,10 +113,26 @@ def read_index(shard: Path) -> Iterator[ShardSample | DataError]:
                 elif member.isfile() and member.name.endswith(LABEL_ENDING):
                     content = archive.extractfile(member)
                     labels[key] = content.read() if content else b""
+            _check_end(shard, archive.offset)
     except (OSError, tarfile.TarError) as problem:
         yield DataError(f"{shard} cannot be read ({problem})")
+        return
     for key in dict.fromkeys([*images, *labels]):
         yield _sample(shard, key, images.get(key, []), labels.get(key))
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """Refuse a shard whose members, which end ``offset`` bytes in, are not followed by an archive's end.
+
+    ``tarfile`` takes a broken header, unless it is the first, for that end.
+
+    Raises:
+        tarfile.ReadError: members may be missing.
+    """
+    with shard.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"broken or cut off after {offset:,} bytes")
 
 
 def _sample(

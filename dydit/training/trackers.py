@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from dydit.config import RunConfig
@@ -37,30 +36,28 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run; empty, and without effect, on every process but the first.
+    """The trackers of a run, in its main process.
 
     Args:
-        accelerator: says which process this is.
         cfg: the run; its settings become the tracker's.
 
     Raises:
-        OutputError: from every method, when a tracker cannot write.
+        OutputError: from every method, when a tracker cannot write, or refuses.
     """
 
-    def __init__(self, accelerator: Accelerator, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig) -> None:
         self.trackers: dict[str, GeneralTracker] = {}
-        if not accelerator.is_main_process:
-            return
         run = Path(cfg.output_dir)
         settings = flat_settings(cfg.model_dump(mode="json"))
         for name in cfg.train.trackers:
             tracker: Any
-            if name == "tensorboard":
-                tracker = TensorBoardTracker("tensorboard", logging_dir=run)
-            else:
-                # One run of theirs for one of ours: resuming goes on in it.
-                tracker = WandBTracker("dydit", name=run.name, dir=str(run), id=wandb_id(run), resume="allow")
             with _output_errors(name):
+                if name == "tensorboard":
+                    tracker = TensorBoardTracker("tensorboard", logging_dir=run)
+                else:
+                    # One run of theirs for one of ours: resuming goes on in it.
+                    mine = {"name": run.name, "dir": str(run), "id": wandb_id(run)}
+                    tracker = WandBTracker("dydit", resume="allow", **mine)
                 tracker.start()
                 tracker.store_init_configuration(settings)
             self.trackers[name] = tracker
@@ -83,10 +80,13 @@ class Trackers:
 def _output_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as problem:
+    except OutputError:
+        raise
+    except Exception as problem:  # W&B has errors of its own: no login, no network
+        remedy = "free space" if isinstance(problem, OSError) else "put that right"
         raise OutputError(
-            f"tracker {name} cannot write: {problem.strerror or problem}",
-            remedy="free space, or remove it from train.trackers",
+            f"tracker {name} cannot write: {getattr(problem, 'strerror', None) or problem}",
+            remedy=f"{remedy}, or remove it from train.trackers",
         ) from problem
 
 

@@ -21,14 +21,16 @@ from dydit.training.acceleration import make_accelerator, prepare
 from dydit.training.batch import DrawKey, NoisyBatch, draw, noisy_batch
 from dydit.training.branches import Branches
 from dydit.training.checkpoint import Snapshot
-from dydit.training.checks import check_dropout, check_same_run, check_target
-from dydit.training.data import Batch, LabelledImages, batches, check_fits, epochs_seen
+from dydit.training.checks import check_dropout, check_model, check_same_run, check_target
+from dydit.training.data import Batch, LabelledImages, check_fits
 from dydit.training.faults import faulty_router, over_processes
 from dydit.training.losses import LossTerms
 from dydit.training.memory import return_freed_memory
 from dydit.training.metrics import Window
 from dydit.training.optim import lr_factor, make_ema, make_optimizer, set_learning_rate, update_ema
+from dydit.training.order import epochs_seen
 from dydit.training.rng import RngState, capture_rng, restore_rng
+from dydit.training.samples import batches
 from dydit.training.schedules import gate_temperature
 from dydit.training.signals import StopRequest
 
@@ -62,11 +64,13 @@ class Trainer:
         teacher: the frozen backbone, for ``warmup.mode`` distill.
 
     Raises:
-        ConfigError: the compute target cannot be reached, or a teacher is missing.
+        ConfigError: the model is not the task's, or not routed as ``cfg.dydit`` says; the compute target
+            cannot be reached; or a teacher is missing.
         DataError: the data set does not fit the model.
     """
 
     def __init__(self, model: Any, cfg: RunConfig, dataset: LabelledImages, teacher: Any = None) -> None:
+        check_model(model, cfg)
         check_fits(dataset, model.shape, cfg.data.on_bad == "skip")
         check_dropout(model, cfg)
         if cfg.task == "finetune":
@@ -288,7 +292,7 @@ class Trainer:
         return any_bad == 0, any_stop > 0
 
     def _count(self, finite: bool) -> None:
-        progress, limit = self.progress, max(1, self.cfg.train.max_nonfinite)
+        progress, limit = self.progress, self.cfg.train.max_nonfinite
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         progress.skipped += not finite
         if finite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def emptied(path: Path) -> None:
+    path.write_text('{"format": 1, "step": 20, "files": {}}')
+
+
+def without_sizes(path: Path) -> None:
+    path.write_text('{"format": 1, "step": 20, "files": {"state.json": null}}')
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -104,6 +113,8 @@ def flip(path: Path) -> None:
         ("state.json", flip, r"state\.json is corrupt"),
         ("manifest.json", Path.unlink, r"no readable manifest\.json"),
         ("manifest.json", truncate, r"no readable manifest\.json"),
+        ("manifest.json", emptied, r"no readable manifest\.json \(KeyError\)"),
+        ("manifest.json", without_sizes, r"no readable manifest\.json \(TypeError\)"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_by_auto(
@@ -205,3 +216,36 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2; expected format 1"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_what_cannot_be_read_just_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Else the run would go on from an older checkpoint, and its next save delete this one."""
+    save_checkpoint(tmp_path, snapshot(10))
+    newest = save_checkpoint(tmp_path, snapshot(20))
+    opened = Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path == newest / name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    message = (
+        rf"step-00000020/{re.escape(name)} cannot be read \(Input/output error\); make it readable, or move"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(tmp_path, "auto")
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, snapshot(10))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save_checkpoint(tmp_path, snapshot(20))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="has format 2; expected format 1"):
+        find_checkpoint(tmp_path, "auto")

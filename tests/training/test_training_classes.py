@@ -58,7 +58,7 @@ def test_drop_makes_no_table_for_a_stray_label(
     monkeypatch.setattr(run, "load_backbone", None)  # not even called
     data = {"name": "image_folder", "path": str(tmp_path / "data"), "image_size": 8}
     with pytest.raises(
-        DataError, match=r"data has 1000000001 classes; expected labels below 1,000,000; correct"
+        DataError, match=r"gives cat the label 1000000000; expected a whole number from 0 to 999,999"
     ):
         run_training(make_config(on_class_mismatch="drop", data=data))
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
 from dydit.shapes import ModelShape
-from dydit.training.data import ResumableBatches, batches, check_fits, epoch_order, make_dataset
+from dydit.training.data import check_fits, make_dataset
+from dydit.training.order import ResumableBatches, epoch_order
+from dydit.training.samples import batches
 
 SHAPE = ModelShape(
     sample_size=(8, 8), patch_size=2, in_channels=1, out_channels=2, hidden_size=32, depth=2, num_heads=4,

@@ -18,7 +18,8 @@ from PIL import Image
 from dydit.config import DataConfig
 from dydit.errors import ConfigError, DataError
 from dydit.shapes import ModelShape
-from dydit.training.data import batches, check_fits, make_dataset
+from dydit.training.data import check_fits, make_dataset
+from dydit.training.samples import batches
 
 SHAPE = ModelShape(
     sample_size=(8, 8), patch_size=2, in_channels=3, out_channels=6, hidden_size=32, depth=2, num_heads=4,
@@ -294,3 +295,52 @@ def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_size_is_told(name: Any) -> None:
     with pytest.raises(ConfigError, match=f"image_size is empty with data.name {name}"):
         make_dataset(DataConfig(name=name, path="somewhere"))
+
+
+def damaged(path: Path, at: int, keep_rest: bool) -> None:
+    """Overwrite a header of a shard, or cut the shard off within it."""
+    content = path.read_bytes()
+    rest = b"\xff" * tarfile.BLOCKSIZE + content[at + tarfile.BLOCKSIZE :]
+    path.write_bytes(content[:at] + (rest if keep_rest else rest[:100]))
+
+
+@pytest.mark.parametrize("keep_rest", [True, False])
+@pytest.mark.parametrize("member", [1, 2, 3])
+def test_a_shard_that_is_broken_after_its_first_header_is_told(
+    shards: Path, member: int, keep_rest: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python's tarfile takes such a header for the archive's end."""
+    with tarfile.open(shards / "b.tar") as archive:
+        at = archive.getmembers()[member].offset
+    damaged(shards / "b.tar", at, keep_rest)
+    with pytest.raises(DataError, match=rf"b\.tar cannot be read \(.* {at:,} bytes\); repair it"):
+        sharded(shards)
+    assert len(sharded(shards, on_bad="skip")) == 1 and "b.tar cannot be read" in caplog.text
+
+
+def test_a_shard_cut_off_between_two_members_is_told(shards: Path) -> None:
+    with tarfile.open(shards / "b.tar") as archive:
+        at = archive.getmembers()[2].offset
+    (shards / "b.tar").write_bytes((shards / "b.tar").read_bytes()[:at])
+    with pytest.raises(DataError, match=rf"b\.tar cannot be read \(broken or cut off after {at:,} bytes\)"):
+        sharded(shards)
+
+
+def test_a_compressed_shard_is_told(shards: Path) -> None:
+    """Images are read where the index says that they lie."""
+    with tarfile.open(shards / "c.tar", "w:gz") as archive:
+        add(archive, "9.png", encoded(0))
+        add(archive, "9.cls", b"1")
+    with pytest.raises(DataError, match=r"c\.tar cannot be read"):
+        sharded(shards)
+
+
+@pytest.mark.parametrize(("label", "shown"), [("cat", "'cat'"), (None, "None"), (1.5, "1.5")])
+def test_labels_that_are_no_whole_numbers_are_named(datasets: Any, label: Any, shown: str) -> None:
+    rows = [{"image": picture(0), "label": 1}, {"image": picture(0), "label": label}]
+    datasets.load_from_disk = lambda path: Rows({"image": ImageFeature(), "label": Value()}, rows)
+    for on_bad in ("raise", "skip"):
+        with pytest.raises(
+            DataError, match=f"saved, row 1 has {shown} in the column label; expected a whole"
+        ):
+            hub(on_bad=on_bad)

@@ -8,8 +8,10 @@ import torch
 
 from dydit.config import DataConfig
 from dydit.models.dit import DiT
-from dydit.training.data import CheckedSamples, GoodSample, Visit, make_dataset
+from dydit.training.data import make_dataset
+from dydit.training.order import Visit
 from dydit.training.procedural import SHAPES, Shapes, draw_shape
+from dydit.training.samples import CheckedSamples, GoodSample
 
 
 def test_an_image_depends_on_seed_and_index_alone() -> None:

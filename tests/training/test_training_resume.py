@@ -147,7 +147,7 @@ def test_kill_9_at_any_moment_and_resume_equals_a_straight_run(make_config: Make
         for folder in (Path(cfg.output_dir) / "checkpoints").glob("step-*"):
             verify(folder)  # whatever has a checkpoint's name is whole
     assert_same_run(straight, run_training(cfg, resume="auto"))
-    assert not [path for path in Path(cfg.output_dir).rglob(".*")]
+    assert [path.name for path in Path(cfg.output_dir).rglob(".*")] == [".lock"]
 
 
 def test_kill_9_from_outside(make_config: MakeConfig) -> None:

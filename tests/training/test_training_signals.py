@@ -17,7 +17,8 @@ from dydit.config import DataConfig, RunConfig
 from dydit.shapes import ModelShape
 from dydit.training import run_training
 from dydit.training.checkpoint import verify
-from dydit.training.data import Batch, batches, make_dataset
+from dydit.training.data import Batch, make_dataset
+from dydit.training.samples import batches
 from dydit.training.signals import stop_on_signal
 
 SHAPE = ModelShape(

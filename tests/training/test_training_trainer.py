@@ -23,8 +23,9 @@ from torch import nn
 from dydit import convert, load_backbone, load_dydit
 from dydit.config import RunConfig, load_config
 from dydit.config.sections import MAX_SEED
-from dydit.errors import ConfigError, TrainingError
+from dydit.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from dydit.training import Trainer, make_dataset, run_training, train
+from dydit.training.data import Digits
 from dydit.training.optim import make_ema
 
 MakeConfig = Callable[..., RunConfig]
@@ -55,7 +56,7 @@ def test_the_run_folder_holds_config_pointer_and_averaged_weights(make_config: M
     result = run_training(cfg)
     run = Path(cfg.output_dir)
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "config.yaml", "latest", "metrics.jsonl", "model",
+        ".lock", "checkpoints", "config.yaml", "latest", "metrics.jsonl", "model",
     ]  # fmt: skip
     assert load_config(run / "config.yaml", []) == cfg
     assert result.model_dir == run / "model" and not result.model.training
@@ -342,3 +343,48 @@ def test_the_temperature_falls_without_the_model_changing(make_config: MakeConfi
     temperatures = [float(noise.temperature) for noise in seen if noise is not None]
     assert temperatures == pytest.approx([1.0, 0.5, 0.25])
     assert trainer.plain.routing_config.temperature == 1.0
+
+
+def test_a_dry_run_looks_where_the_run_would(make_config: MakeConfig) -> None:
+    cfg = make_config(train={"steps": 4})
+    run_training(cfg)
+    with pytest.raises(OutputError, match="holds a run already, up to step 4"):
+        run_training(cfg, dry_run=True)
+    with pytest.raises(CheckpointError, match="no checkpoint at nowhere"):
+        run_training(make_config("other"), dry_run=True, resume="nowhere")
+    with pytest.raises(CheckpointError, match="made with seed=0"):
+        run_training(make_config(seed=1), dry_run=True, resume="auto")
+    assert run_training(cfg, dry_run=True, resume="auto").metrics["step"] == 5
+
+
+def test_a_model_of_another_task_is_refused(make_config: MakeConfig) -> None:
+    cfg = make_config()
+    static = load_backbone(str(cfg.backbone))
+    with pytest.raises(ConfigError, match="a DiT for task finetune; expected a DyDiT for finetune"):
+        train(static, cfg, Digits())
+    pretrain = RunConfig(
+        task="pretrain", output_dir=cfg.output_dir, model={"preset": "DiT-S/2"}, train={"steps": 1}
+    )
+    with pytest.raises(ConfigError, match="a DyDiT for task pretrain"):
+        train(convert(static, cfg.dydit), pretrain, Digits())
+    assert not Path(cfg.output_dir).exists()
+
+
+def test_a_model_that_is_routed_otherwise_than_the_configuration_is_refused(make_config: MakeConfig) -> None:
+    cfg = make_config()
+    model = convert(load_backbone(str(cfg.backbone)), cfg.dydit.model_copy(update={"temperature": 2.0}))
+    with pytest.raises(
+        ConfigError, match=r"converted with dydit\.temperature=2\.0, this run has dydit\.temperature=1\.0"
+    ):
+        train(model, cfg, Digits())
+
+
+def test_images_in_bytes_are_refused(make_config: MakeConfig) -> None:
+    class Bytes(Digits):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return (127.5 * (image + 1)).to(torch.uint8), label
+
+    cfg = make_config()
+    with pytest.raises(DataError, match=r"sample \d+ is torch\.uint8; expected float32 in \[-1, 1\]"):
+        train(convert(load_backbone(str(cfg.backbone)), cfg.dydit), cfg, Bytes())
