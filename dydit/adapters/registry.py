@@ -26,9 +26,18 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         ShapeError: there is none; names the supported classes.
     """
+    return _resolve(ADAPTERS[backbone_class(model)][1])()
+
+
+def backbone_class(model: nn.Module) -> str:
+    """Name of a model's class, or of its nearest base class, that has an adapter: what saves it loads again.
+
+    Raises:
+        ShapeError: there is none; names the supported classes.
+    """
     for cls in type(model).__mro__:
         if cls.__name__ in ADAPTERS and cls is backbone_type(cls.__name__):
-            return _resolve(ADAPTERS[cls.__name__][1])()
+            return cls.__name__
     name = type(model).__name__
     if name in ADAPTERS:  # and still another class
         name = f"{name} of module {type(model).__module__}, not of {ADAPTERS[name][0].partition(':')[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,12 +73,23 @@ def route_calls(model: DyDiT, calls: Sequence[Call]) -> list[Routing]:
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, reference: nn.Module, calls: Sequence[Call]) -> float:
-    """Largest relative difference ‖model − reference‖/‖reference‖ over the calls."""
+    """Largest relative difference ‖model − reference‖/‖reference‖ over the calls.
+
+    Raises:
+        CheckpointError: an output is not finite; names the timestep.
+    """
     worst = 0.0
     for call in calls:
         expected = reference(call.x, call.t, call.y)
         seen = model(call.x, call.t, call.y)
-        worst = max(worst, ((seen - expected).norm() / expected.norm()).item())
+        difference = ((seen - expected).norm() / expected.norm()).item()
+        if not math.isfinite(difference):
+            raise CheckpointError(
+                f"an output at timestep {call.t:g} is not finite",
+                expected="numbers",
+                remedy="take a checkpoint from before the run diverged",
+            )
+        worst = max(worst, difference)
     return worst
 
 

@@ -86,7 +86,13 @@ class CachedLatents:
             index: of the item.
             key: whole numbers from 0 on: in a training run its seed and the epoch. So neither a restart nor
                 the process that reads the item changes it, and every epoch sees another draw.
+
+        Raises:
+            IndexError: there is no such item, which ends a loop over all.
+            DataError: its shard cannot be read.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
         mirrored, image = divmod(index, len(self.labels))
         mean, std = self._posterior(image, MIRRORED if mirrored else PLAIN)
         z = mean + std * _noise(mean.shape, index, key) if self.sample else mean

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dydit.errors import DataError, OutputError
 from dydit.files import check_writable
 from dydit.latents.autoencoder import Autoencoder
-from dydit.latents.image_folder import ImageFolder
+from dydit.latents.image_folder import ImageFolder, Skipped, load_image
 from dydit.latents.manifest import (
     MANIFEST,
     CacheSettings,
@@ -195,6 +195,8 @@ class _Job:
         ]
 
     def _is_intact(self, entry: ShardEntry) -> bool:
+        if any(map(self._is_repaired, entry.skipped)):
+            return False
         if entry.skipped and self.config.on_bad == "raise":
             first = entry.skipped[0]
             raise DataError(
@@ -206,6 +208,16 @@ class _Job:
             check_header(self.out, entry, self.settings)
         except DataError as damage:
             tqdm.write(f"{damage.args[0].split('; ')[0]}: encoding it again", file=sys.stderr)
+            return False
+        return True
+
+    def _is_repaired(self, image: Skipped) -> bool:
+        """Whether an image can be read that could not; its size, which the source knows, may be as before."""
+        if not image.reason.startswith("cannot be read"):
+            return False
+        try:
+            load_image(self.folder.root / image.name, self.config.image_size)
+        except DataError:
             return False
         return True
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dydit.errors import DataError
-from dydit.latents.bad_data import OnBad
+from dydit.latents.bad_data import LABEL_LIMIT, OnBad
 
 # torchvision's list, so that a folder means the same here and there.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -210,8 +210,11 @@ def _class_map(root: Path, found: list[str]) -> dict[str, int]:
     for name, label in classes.items():
         if Path(name).name != name or name.startswith("."):
             raise DataError(f"{path} names {name!r}", expected=f"a folder in {root}")
-        if type(label) is not int or label < 0:  # a bool is an int too
-            raise DataError(f"{path} gives {name} the label {label!r}", expected="a whole number from 0 on")
+        if type(label) is not int or not 0 <= label < LABEL_LIMIT:  # a bool is an int too
+            raise DataError(
+                f"{path} gives {name} the label {label!r}",
+                expected=f"a whole number from 0 to {LABEL_LIMIT - 1:,}",
+            )
     return classes
 
 

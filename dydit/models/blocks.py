@@ -39,11 +39,6 @@ class Conditioning:
     context: Tensor | None = None
     context_mask: Tensor | None = None
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """The conditioning of the samples at ``index`` (K,)."""
-        fields = (self.timestep, self.vector, self.shared, self.context, self.context_mask)
-        return Conditioning(*(None if f is None else f[index] for f in fields))  # type: ignore[arg-type]
-
 
 class Modulation(NamedTuple):
     """Shift, scale and gate of the attention and of the MLP branch, each (B, D) or None."""

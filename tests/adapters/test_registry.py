@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from core_builders import small_dit
 from torch import nn
 
 from dydit.adapters.dit import DiTAdapter
 from dydit.adapters.registry import ADAPTERS, adapter_for, build_backbone
+from dydit.dynamic.convert import convert
+from dydit.dynamic.loading import load_dydit
 from dydit.errors import ShapeError
 from dydit.models.dit import DiT
 
@@ -16,6 +21,18 @@ def test_dit_and_its_subclasses_have_an_adapter() -> None:
 
     assert isinstance(adapter_for(small_dit()), DiTAdapter)
     assert isinstance(adapter_for(Mine(sample_size=4, hidden_size=8, depth=1, num_heads=1)), DiTAdapter)
+
+
+def test_a_converted_subclass_loads_again(tmp_path: Path) -> None:
+    class Mine(DiT):
+        pass
+
+    model = convert(Mine(sample_size=4, hidden_size=8, depth=1, num_heads=1))
+    model.save_pretrained(tmp_path)
+    loaded = load_dydit(tmp_path)
+    assert type(loaded.backbone) is DiT
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones() -> None:

@@ -48,6 +48,10 @@ def test_a_class_map_gives_the_labels(images: Path) -> None:
         ('{"cat": "1", "dog": 0}', "gives cat the label '1'; expected a whole number"),
         ('{"cat": true, "dog": 0}', "gives cat the label True"),
         ('{"cat": -1, "dog": 0}', "gives cat the label -1"),
+        (
+            '{"cat": 1000000, "dog": 0}',
+            "gives cat the label 1000000; expected a whole number from 0 to 999,999",
+        ),
         ('{"../cat": 1, "dog": 0}', "names '../cat'; expected a folder in"),
         ('{"cat": 0}', "dog is not in classes.json"),
         ('{"cat": 0, "dog": 1, "emu": 2}', "emu has no images"),

@@ -28,7 +28,8 @@ from dydit.latents.cache import CachedLatents
 from dydit.latents.image_folder import load_image, to_signed
 from dydit.shapes import ModelShape
 from dydit.training import run_training
-from dydit.training.data import batches, check_fits, make_dataset
+from dydit.training.data import check_fits, make_dataset
+from dydit.training.samples import batches
 
 Encode = Callable[..., Any]
 SCALE = 0.18215
@@ -514,3 +515,27 @@ def test_every_epoch_sees_other_draws_and_loader_processes_change_nothing(
         assert torch.equal(alone, helped)
     one, two = (sorted(image.mean().item() for image in epoch) for epoch in taken[0])
     assert all(a != b for a, b in zip(one, two, strict=True))
+
+
+def test_an_image_repaired_without_a_change_of_size_takes_its_place(
+    encode: Encode, images: Path, tmp_path: Path
+) -> None:
+    encode("whole")
+    path = images / "cat" / "01.png"
+    content = path.read_bytes()
+    path.write_bytes(b"\0" * len(content))
+    assert encode(on_bad="skip").manifest.images == 6
+    assert encode(on_bad="skip").kept == 3  # still broken: nothing to do
+    path.write_bytes(content)
+    assert encode().kept == 2
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_cache_ends(encode: Encode, tmp_path: Path, flip: bool) -> None:
+    encode(flip=flip)
+    cache = CachedLatents(tmp_path / "cache")
+    assert len(list(cache)) == len(cache) == 7 * (2 if flip else 1)
+    for index in (-1, len(cache)):
+        with pytest.raises(IndexError):
+            cache[index]

@@ -124,11 +124,3 @@ def test_the_width_routers_input_is_the_timestep_alone(conditioning: str) -> Non
     _, other = model.embed(x.flip(0), 5, y.flip(0))
     assert torch.equal(one.timestep, other.timestep)
     assert torch.equal(one.timestep[0], one.timestep[1])
-
-
-def test_rows_of_a_conditioning() -> None:
-    cond = Conditioning(timestep=torch.arange(6.0).view(3, 2), context=torch.arange(3.0).view(3, 1, 1))
-    rows = cond.rows(torch.tensor([2, 0, 2]))
-    assert rows.timestep.tolist() == [[4, 5], [0, 1], [4, 5]]
-    assert rows.context is not None and rows.context.flatten().tolist() == [2, 0, 2]
-    assert rows.vector is None

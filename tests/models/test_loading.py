@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from core_builders import small_dit, small_dydit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dydit
 from dydit.errors import CheckpointError
@@ -104,6 +104,27 @@ def test_a_hub_id_is_fetched_and_then_a_folder(folder: Path, monkeypatch: pytest
     weights.unlink()
     assert load_backbone("owner/name").shape.depth == 2
     assert asked[1:] == [("owner/name", None, False), ("owner/name", None, True)]
+
+
+def test_another_part_of_the_pipeline_does_not_stand_for_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All downloads of a commit share a folder: its VAE may be there from before."""
+    pipeline, asked = tmp_path / "pipeline", []
+    (pipeline / "vae").mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, pipeline / "vae" / "diffusion_pytorch_model.safetensors")
+    folder.rename(pipeline / "transformer")
+    weights = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append(any(pattern.endswith(".bin") for pattern in options["allow_patterns"]))
+        return str(pipeline)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert load_backbone("owner/name").shape.depth == 2
+    assert asked == [False, True]
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,9 @@ def _download(name: str, revision: str | None) -> Path:
 
     try:
         place = fetch(_HUB_FILES)
-        return place if any(place.rglob("*.safetensors")) else fetch([*_HUB_FILES, _HUB_PICKLE])
+        # Not deeper: the snapshot's folder may hold another part of the pipeline by now, such as its VAE.
+        whole = any(file for part in (place, place / PIPELINE_FOLDER) for file in part.glob("*.safetensors"))
+        return place if whole else fetch([*_HUB_FILES, _HUB_PICKLE])
     except Exception as error:  # the Hub client raises its own, the network library's and the system's
         raise CheckpointError(
             f"{name} is no local path and cannot be fetched from the Hub ({first_line(error)})",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,9 @@ WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the files in a model
 
 # safetensors' names of the types that weights can have, in torch's words.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+# What wrappers put before every name of a state dict: DistributedDataParallel, torch.compile.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # What safetensors raises over a file that is damaged, or gone.
 _READ_ERRORS = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError)
@@ -58,25 +61,40 @@ class SafetensorsFiles:
 
     def __init__(self, label: str, paths: Iterable[Path]) -> None:
         self.label = label
-        self.facts: dict[str, TensorFacts] = {}
-        self._paths: dict[str, Path] = {}
+        stored: dict[str, tuple[Path, TensorFacts]] = {}
         for path in paths:
             for name, facts in _safetensors_facts(path).items():
-                if name in self.facts:
+                if name in stored:
                     raise CheckpointError(
                         f"{label} holds tensor {name} twice, the second time in {path.name}"
                     )
-                self.facts[name], self._paths[name] = facts, path
+                stored[name] = path, facts
+        prefix = wrapper_prefix(stored)
+        self._paths = {name.removeprefix(prefix): (path, name) for name, (path, _) in stored.items()}
+        self.facts = {name.removeprefix(prefix): facts for name, (_, facts) in stored.items()}
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor; the file is mapped only meanwhile, so that no page of it counts twice."""
         try:
-            with safe_open(self._paths[name], framework="pt") as file:
-                return file.get_tensor(name).clone()
+            path, stored_name = self._paths[name]
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(stored_name).clone()
         except _READ_ERRORS as error:
             raise CheckpointError(
                 f"{self.label}: tensor {name} cannot be read ({first_line(error)})"
             ) from error
+
+
+def wrapper_prefix(names: Collection[Any]) -> str:
+    """What wrappers put before all names of a state dict, one within another; empty for none."""
+    prefix = ""
+    while names:
+        longer = [prefix + part for part in _WRAPPER_PREFIXES]
+        found = [p for p in longer if all(isinstance(name, str) and name.startswith(p) for name in names)]
+        if not found:
+            break
+        (prefix,) = found
+    return prefix
 
 
 def _safetensors_facts(path: Path) -> dict[str, TensorFacts]:

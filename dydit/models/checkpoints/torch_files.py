@@ -15,13 +15,10 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dydit.errors import CheckpointError
-from dydit.models.checkpoints.sources import TensorFacts, first_line
+from dydit.models.checkpoints.sources import TensorFacts, first_line, wrapper_prefix
 
 # Where a training checkpoint of the DiT line keeps its state dict; averaged weights before raw ones.
 CONTAINERS = ("ema", "model")
-
-# What wrappers put before every name of a state dict: DistributedDataParallel, torch.compile.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # Training checkpoints keep the command's arguments in one. It holds values and runs nothing when unpickled.
 _HARMLESS: list[Any] = [argparse.Namespace]
@@ -48,7 +45,9 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
-        state = _without_prefix(_state_dict(path, _unpickle(path)))
+        state = _state_dict(path, _unpickle(path))
+        prefix = wrapper_prefix(state)
+        state = {name.removeprefix(prefix) if prefix else name: value for name, value in state.items()}
         self._tensors = {name: _plain_tensor(path, name, value) for name, value in state.items()}
         self.facts = {
             name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."))
@@ -144,13 +143,6 @@ def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:
     else:
         seen = f"a {type(content).__name__}"
     raise CheckpointError(f"{path} holds {seen[:200]}", expected=_STATE_DICT)
-
-
-def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    for prefix in WRAPPER_PREFIXES:
-        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def _plain_tensor(path: Path, name: Any, value: Any) -> Tensor:

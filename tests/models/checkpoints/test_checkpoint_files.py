@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint_builders import TINY, same_weights, save_pt
 from core_builders import small_dit, small_dydit
+from safetensors.torch import save_file
 
 from dydit.dynamic.loading import public_state
 from dydit.errors import CheckpointError
@@ -30,7 +31,7 @@ def load(path: Path) -> DiT:
     return load_backbone(path, num_heads=2)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("container", [None, "model", "ema"])
 def test_containers_and_prefixes(model: DiT, tmp_path: Path, container: str | None, prefix: str) -> None:
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
@@ -60,6 +61,14 @@ def test_the_format_before_torch_1_6(model: DiT, tmp_path: Path) -> None:
 def test_public_names_in_a_safetensors_file(model: DiT, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert same_weights(load(tmp_path / "diffusion_pytorch_model.safetensors"), model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_prefixes_in_a_safetensors_file(model: DiT, tmp_path: Path, prefix: str) -> None:
+    save_file(
+        {prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    assert same_weights(load(tmp_path / "a.safetensors"), model)
 
 
 def test_parameters_and_views_become_plain_separate_weights(model: DiT, tmp_path: Path) -> None:
