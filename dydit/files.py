@@ -52,10 +52,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     check_replaceable(folder)
     folder = Path(os.path.realpath(folder))
     with _output_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(
-                f"{folder} is a file", expected="a folder to write", remedy="choose another --out"
-            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -88,9 +84,11 @@ def check_replaceable(folder: str | Path) -> None:
     """Make sure, before hours of work, that another folder can take the place of ``folder``.
 
     Raises:
-        OutputError: a file system begins there, or it is where the process works.
+        OutputError: it is a file, a file system begins there, or it is where the process works.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", expected="a folder to write", remedy="choose another --out")
     if os.path.ismount(os.path.realpath(folder)) or (folder.is_dir() and folder.samefile(Path.cwd())):
         raise OutputError(
             f"{folder} is a mount point or the current folder",

@@ -70,7 +70,7 @@ def guided_output(
         labels: (B,) int64, or text tokens (B, M, context_dim).
         null: the class that stands for "no label"; or, with the shape of ``labels`` or of one of them, what
             takes their place; None where the model has neither.
-        scale: s; 0 is the output without a label.
+        scale: s; 0 is, in the guided channels, the output without a label.
         guided_channels: first n channels of C to guide; None: all C.
 
     Returns:

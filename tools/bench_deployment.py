@@ -42,7 +42,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = BenchSettings(subject=options.preset, dtypes=(options.dtype,), depth=options.depth)
+    settings = BenchSettings(
+        subject=options.preset,
+        dtypes=(options.dtype,),
+        depth=options.depth,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
     (case,) = plan_cases(settings, preset_depth(settings))
     subject = make_subject(settings, case)
     x, y = subject.noise_call(options.batch)
@@ -53,7 +58,6 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subject.schedule.save(folder)
         programs = write_deployment(folder, subject.model, subject.schedule)
         networks["deployment"] = Deployment(folder)
         if options.aot_compile:

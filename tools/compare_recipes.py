@@ -32,7 +32,7 @@ from dydit.models.loading import load_backbone
 from dydit.quickstart.measure import QUALITY_BATCH, QUALITY_SAMPLES, Subject
 from dydit.runtime.engine import SubnetEngine
 from dydit.training import make_dataset, train
-from dydit.training.loop import CONFIG_FILE
+from dydit.training.folder import CONFIG_FILE
 
 # Column -> (field of a run's record, how it is written).
 COLUMNS = {
@@ -54,6 +54,8 @@ def run_variant(cfg: RunConfig) -> dict[str, float]:
     trained = train(model, cfg, make_dataset(cfg.data), frozen_backbone=backbone, resume="auto")
     if trained.stopped:
         raise SystemExit("stopped; the same command goes on")
+    for network in (model, backbone):  # all else is done on the CPU
+        network.to("cpu")
     sampler = make_sampler(cfg.sampler, backbone.shape.learn_sigma)
     schedule = SubnetSchedule.from_model(model, sampler.timesteps, cfg.sampler.model_dump(mode="json"))
     subject = Subject(backbone, model, SubnetEngine(model, schedule), sampler, cfg.seed)

@@ -69,7 +69,6 @@ def deployed(model: DyDiT, schedule: SubnetSchedule) -> str:
     """How large a deployment folder is, and what is in it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        schedule.save(folder)
         programs = write_deployment(folder, model, schedule).programs
         size = sum(path.stat().st_size for path in folder.rglob("*.pt2"))
         share = bytes_of(folder) / weight_bytes(model)

@@ -5,9 +5,12 @@ Imports no torch: a verb imports what it needs when it runs, so that ``dydit --h
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +30,7 @@ from dydit.errors import DyditError
 
 MISTAKE = 2
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+TERMINATED = 143  # that SIGTERM ended
 
 # The base of what typer raises for wrong arguments; typer exports only classes derived from it, and
 # newer releases no longer take it from the click package.
@@ -75,7 +79,9 @@ def dydit_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0 done, 2 a mistake told in one line, 130 interrupted.
+    """Run one command line and return its exit status.
+
+    0 done, 2 a mistake told in one line, 130 interrupted, 143 ended by SIGTERM.
 
     Args:
         arguments: without the program's name; None: those of the process. ``--debug`` among them, before
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _sigterm_raised():
             if not (debug or sys.warnoptions):
                 # Other libraries' notes to their developers; nothing a user of a verb could act on.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -109,6 +115,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == INTERRUPTED:
         _tell("interrupted")
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is half-written is removed; training has a way of its own."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(TERMINATED)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -103,8 +103,14 @@ def bench(
     """Time the static backbone, the masked model and the engine in turns, and compare with the MACs.
 
     A preset gets random weights, and routers that deploy the asked share of its compute."""
+    from dydit.benchmark.run import run_benchmark
+    from dydit.benchmark.settings import BenchSettings, Dtype, ModeName
+    from dydit.cli.mac_networks import is_preset
+    from dydit.cli.models import model_path, sampler_defaults
+
     given: dict[str, Any] = {
-        "batches": _numbers("--batch", batch), "dtypes": _words(dtype), "modes": _words(mode),
+        "batches": _numbers("--batch", batch), "dtypes": _words("--dtype", dtype, Dtype),
+        "modes": _words("--mode", mode, ModeName),
         "compile": compiled, "rounds": rounds, "whole_run": whole_run, "whole_rounds": whole_rounds,
         "sweep": None if sweep is None else sweep.value, "memory": memory,
         "memory_budget": parse_bytes("--memory-budget", memory_budget),
@@ -113,11 +119,6 @@ def bench(
         "sampler": None if sampler is None else sampler.value, "guidance": guidance, "threads": threads,
         "seed": seed,
     }  # fmt: skip
-    from dydit.benchmark.run import run_benchmark
-    from dydit.benchmark.settings import BenchSettings
-    from dydit.cli.mac_networks import is_preset
-    from dydit.cli.models import model_path, sampler_defaults
-
     if is_preset(model):
         given |= {} if ratio is None else {"ratio": ratio}
     else:
@@ -126,8 +127,8 @@ def bench(
         if schedule is None:
             given["sampler_defaults"] = sampler_defaults(model)
     settings = BenchSettings(subject=model, **given, device=_device(device))
-    if compiled and settings.device == "cpu":
-        check_compiler("--compile")
+    if compiled:
+        check_compiler("--compile", settings.device)
     typer.echo(_told(run_benchmark(settings, out), out))
 
 
@@ -165,14 +166,21 @@ def _device(device: Device) -> Literal["cpu", "cuda"]:
     return "cpu" if device is Device.cpu or not torch.cuda.is_available() else "cuda"
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
+def _words(option: str, text: str, known: Any) -> tuple[str, ...]:
+    """Words of a Literal with commas between."""
+    words = tuple(word.strip() for word in text.split(","))
+    if not set(words) <= {*get_args(known)}:
+        raise ConfigError(f"{option} is {text!r}", expected=f"{', '.join(get_args(known))} or some of these")
+    return words
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in text.split(","))
+        numbers = tuple(int(word) for word in text.split(","))
     except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise ConfigError(
-            f"{option} is {text!r}", expected="whole numbers with commas between, such as 2,8"
-        ) from None
+            f"{option} is {text!r}", expected="whole numbers from 1 up with commas between, such as 2,8"
+        )
+    return numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from enum import Enum
 
 from dydit.errors import ConfigError
@@ -29,20 +31,46 @@ def check_together(*options: tuple[str, object, str, bool]) -> None:
             raise ConfigError(f"{option} without {owner}", remedy=f"add {owner}, or leave {option} out")
 
 
-def check_compiler(option: str) -> None:
-    """Refuse to compile for the CPU where nothing can.
+def check_compiler(option: str, device: str) -> None:
+    """Refuse torch.compile where it finds no compiler.
 
     Args:
         option: that asked for it.
+        device: cpu, for which inductor writes C++, or cuda, for which Triton compiles a driver in C.
 
     Raises:
-        ConfigError: there is no C++ compiler.
+        ConfigError: there is none.
     """
     from dydit.deployment.folder import compiler
 
-    if compiler() is None:
+    if device == "cpu":
+        there, kind, names = compiler() is not None, "C++", "g++, or what CXX names"
+    else:
+        named = os.environ.get("CC")
+        there = any(map(shutil.which, [named] if named else ["gcc", "clang"]))
+        kind, names = "C", "gcc, clang, or what CC names"
+    if not there:
         raise ConfigError(
-            f"{option} without a C++ compiler",
-            expected="g++, or what CXX names",
+            f"{option} without a {kind} compiler",
+            expected=names,
             remedy=f"install one, or leave {option} out",
+        )
+
+
+def check_aot_compiler(option: str) -> None:
+    """Refuse to compile programs where AOTInductor does not find what it calls.
+
+    Raises:
+        ConfigError: there is no C++ compiler, or for a GPU no CUDA toolkit.
+    """
+    import torch
+
+    from dydit.deployment.folder import compiles_for
+
+    check_compiler(option, "cpu")
+    if torch.cuda.is_available() and not compiles_for("cuda"):
+        raise ConfigError(
+            f"{option} without the CUDA toolkit",
+            expected="nvcc, or the folder that CUDA_HOME names",
+            remedy=f"install it, or leave {option} out",
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit.cli.execution import DtypeChoice, check_compiler, check_together
+from dydit.cli.execution import DtypeChoice, check_aot_compiler, check_together
 from dydit.cli.sampler_options import (
     LARGEST_SEED,
     GuidanceScale,
@@ -112,11 +112,14 @@ def export(
         found = _calibrate(network, settings, goal, samples, seed, multiple, encoded)
     schedule, views_before = _read_off(network, settings, found, order)
     with new_folder(out) as folder:
-        schedule.save(str(folder))
         if saved := with_weights or order:
             network.save_pretrained(folder)
-        compiled = _deploy(folder, network, schedule, saved, aot_dtype, aot_compile) if aot else ""
-    typer.echo("\n".join([*_story(out, schedule, found, views_before), *([compiled] if compiled else [])]))
+        if aot:
+            deployed = [_deploy(folder, network, schedule, saved, aot_dtype, aot_compile)]
+        else:
+            schedule.save(str(folder))
+            deployed = []
+    typer.echo("\n".join([*_story(out, schedule, found, views_before), *deployed]))
 
 
 def _deploy(
@@ -130,16 +133,23 @@ def _deploy(
     """Write the programs, and the weights where no model was ``saved``; say what was written."""
     import torch
 
-    from dydit.deployment.folder import bytes_of, compile_programs, compiler, weight_bytes, write_deployment
+    from dydit.deployment.folder import (
+        bytes_of,
+        compile_programs,
+        compiles_for,
+        weight_bytes,
+        write_deployment,
+    )
     from dydit.models.checkpoints.sources import WEIGHTS
     from dydit.precision import DTYPES
 
     given = weight_bytes(network)
     shared = sorted(path.name for path in folder.glob(f"{WEIGHTS}*.safetensors")) if saved else ()
     wanted_dtype = None if dtype is None else DTYPES[dtype.value]
-    torch.nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu", wanted_dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.nn.Module.to(network, device, wanted_dtype)
     programs = write_deployment(folder, network, schedule, shared)
-    wanted = compiler() is not None if compile is None else compile
+    wanted = compiles_for(device) if compile is None else compile
     if wanted:
         compile_programs(folder, programs, progress=True)
     return (
@@ -253,7 +263,7 @@ def _check_aot(aot: bool, dtype: DtypeChoice | None, compile: bool | None) -> No
     """
     check_together(("--aot-dtype", dtype, "--aot", aot), ("--aot-compile", compile, "--aot", aot))
     if compile:
-        check_compiler("--aot-compile")
+        check_aot_compiler("--aot-compile")
 
 
 def _check_kept(model: str, out: Path) -> None:
@@ -275,7 +285,7 @@ def _check_replaceable(out: Path) -> None:
     """Refuse a folder with something else in it: an export takes the place of the whole folder.
 
     Raises:
-        OutputError: it cannot be replaced, is not empty and no export, or something was put into one.
+        OutputError: it is a file, cannot be replaced, or holds something that no export put there.
     """
     from dydit.files import check_replaceable
 

@@ -115,7 +115,13 @@ def preset_macs(
     """
     design = conditioning or "adaln_zero"
     text = _TEXT if design == "adaln_single" else {}
-    build = partial(DiT.from_preset, name, sample_size=sample_size or 32, conditioning=design, **text)
+    build = partial(
+        DiT.from_preset,
+        name,
+        sample_size=32 if sample_size is None else sample_size,
+        conditioning=design,
+        **text,
+    )
     with torch.device("meta"):
         shape = build().shape
     return shape, _dense(name, "every head, group and token", static_table(shape), build)

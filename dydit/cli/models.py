@@ -13,7 +13,8 @@ from dydit.export.artefact import is_artefact
 from dydit.export.schedule import SubnetSchedule
 from dydit.models.dit import DiT
 from dydit.models.loading import load_backbone, stored_class
-from dydit.training.loop import CONFIG_FILE, MODEL_FOLDER
+from dydit.training.folder import CONFIG_FILE, MODEL_FOLDER
+from dydit.training.metrics import METRICS_FILE
 
 
 def open_dydit(path: str) -> DyDiT:
@@ -36,20 +37,20 @@ def open_model(path: str) -> DiT | DyDiT:
 
 
 def sampler_defaults(path: str) -> dict[str, Any]:
-    """Sampler settings of the run or export that ``path`` is the folder of; empty where it is neither.
+    """Sampler settings of the run that ``path`` or its model is of, or of an export; empty for neither.
 
     Raises:
         ScheduleError: the export is damaged.
     """
-    run, folder = _run_folder(path), Path(find_path(path))
+    run, folder = _run_of(path), Path(find_path(path))
     if run is not None:
         return load_config(run / CONFIG_FILE).sampler.model_dump()
     return SubnetSchedule.load(folder).sampler if is_artefact(folder) else {}
 
 
 def trained_target(path: str) -> float | None:
-    """Compute ratio of the fine-tuning run that ``path`` is the folder of; None where it is none."""
-    run = _run_folder(path)
+    """Compute ratio of the fine-tuning run that ``path``, or its model, is of; None where it is none."""
+    run = _run_of(path)
     config = None if run is None else load_config(run / CONFIG_FILE)
     return None if config is None or config.task != "finetune" else config.compute.target
 
@@ -73,3 +74,12 @@ def model_path(path: str) -> str:
 def _run_folder(path: str) -> Path | None:
     folder = Path(find_path(path))
     return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _run_of(path: str) -> Path | None:
+    """The run that trained what ``path`` names: the run's folder, the model in it, or that one's weights."""
+    place = Path(find_path(path))
+    model = place.parent if place.is_file() else place
+    # Others have folders "model" beside a config.yaml too.
+    trained = model.name == MODEL_FOLDER and (model.parent / METRICS_FILE).is_file()
+    return _run_folder(str(model.parent) if trained else path)

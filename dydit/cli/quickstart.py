@@ -11,10 +11,16 @@ from dydit.errors import ConfigError
 
 
 def quickstart(
-    steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Target compute ratio, above 0 and at most 1.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for everything that is made.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.", show_default="300")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Target compute ratio, above 0 and at most 1.", show_default="0.5")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for everything that is made.", show_default="quickstart")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of all random numbers.", show_default="0")
+    ] = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also fine-tune the static backbone as long, and compare.")
     ] = False,

@@ -98,8 +98,8 @@ def sample(
     from dydit.runtime.engine import SubnetEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if compile and device == "cpu":
-        check_compiler("--compile")
+    if compile:
+        check_compiler("--compile", device)
     plan = None if schedule is None else SubnetSchedule.load(str(schedule))
     defaults = sampler_defaults(model) if plan is None else exported_sampler(plan.sampler, schedule)
     settings = sampler_settings(defaults, sampler, steps, guidance_scale, guided_channels)

@@ -25,17 +25,25 @@ class SamplerChoice(str, Enum):
     FLOW_HEUN = "flow_heun"
 
 
-Sampler = Annotated[SamplerChoice | None, typer.Option(help="Sampling method.", show_default=False)]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default=False)]
+Sampler = Annotated[
+    SamplerChoice | None, typer.Option(help="Sampling method.", show_default="the model's, else ddim")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Sampling steps.", show_default="the model's, else 50")
+]
 GuidanceScale = Annotated[
     float | None,
     typer.Option(
-        min=0.0, help="Classifier-free guidance; 1 is none, at half the compute.", show_default=False
+        min=0.0,
+        help="Classifier-free guidance; 1 is none, at half the compute.",
+        show_default="the model's, else 1",
     ),
 ]
 GuidedChannels = Annotated[
     str | None,
-    typer.Option(metavar="N|all", help="Guide the first N channels, or all.", show_default=False),
+    typer.Option(
+        metavar="N|all", help="Guide the first N channels, or all.", show_default="the model's, else 3"
+    ),
 ]
 LARGEST_SEED = 2**64 - 1  # of torch's generators
 Texts = Annotated[

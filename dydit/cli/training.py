@@ -19,7 +19,7 @@ Resume = Annotated[
     str | None,
     typer.Option(metavar="auto|PATH", help="Go on from the newest intact checkpoint, or from this one."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and try one step; write nothing.")]
 
 
 def train(task: str, config: Path, overrides: list[str], resume: str | None, dry_run: bool) -> None:

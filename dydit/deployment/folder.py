@@ -34,10 +34,10 @@ PLAN_SHA256 = "deployment.sha256"
 def write_deployment(
     folder: Path, model: DyDiT, schedule: SubnetSchedule, weights: Sequence[str] = ()
 ) -> Programs:
-    """Write the programs, the weights that they share, and what runs them, beside the schedule.
+    """Write the schedule, its programs, the weights that they share, and what runs them.
 
     Args:
-        folder: that holds the saved schedule.
+        folder: that is there.
         model: on the device and in the dtype to run in.
         schedule: with capacities, they decide how many tokens enter an MLP; else the token threshold does.
         weights: safetensors files in the folder that hold the model's state, in whatever dtype; none: it is
@@ -47,6 +47,7 @@ def write_deployment(
         OutputError: the folder cannot be written.
     """
     programs = export_programs(model, schedule)
+    schedule.save(str(folder))
     try:
         (folder / PROGRAMS).mkdir()
         for name, program in programs.programs.items():
@@ -99,6 +100,15 @@ def weight_bytes(model: DyDiT) -> int:
 def compiler() -> str | None:
     """The C++ compiler that AOTInductor would call; None where there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def compiles_for(device: str) -> bool:
+    """Whether AOTInductor finds what it calls to compile for ``device``, cpu or cuda."""
+    if compiler() is None:
+        return False
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return device == "cpu" or CUDA_HOME is not None
 
 
 def compile_programs(folder: Path, programs: Programs, progress: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from dydit.diffusion import make_sampler
 from dydit.dynamic.compute_loss import minimum_ratio
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
+from dydit.errors import OutputError
 from dydit.evaluation.calls import Call, largest_difference
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import check_writable
@@ -57,6 +59,7 @@ def run_quickstart(
     """
     start, folder = time.perf_counter(), Path(out or DEFAULT_OUT)
     cfg = recipe(steps, ratio, seed, folder)
+    check_new(cfg.output_dir, control_folder(cfg))
     backbone = load_backbone(find_path(str(cfg.backbone)))
     with scoped_rng():
         torch.manual_seed(cfg.seed)  # the token routers start at random
@@ -82,7 +85,7 @@ def run_quickstart(
     _say("6/6 writing the report")
     summary = Summary(
         title="dydit quickstart: handwritten digits",
-        conditions=conditions(cfg, backbone),
+        conditions=conditions(cfg, backbone, control),
         compute=compute,
         time=timing,
         quality=quality,
@@ -104,7 +107,26 @@ def recipe(steps: int | None, ratio: float | None, seed: int | None, folder: Pat
     """
     changes = {"train.steps": steps, "compute.target": ratio, "seed": seed}
     given = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return load_config(find_path(CONFIG), [*given, f"output_dir={folder / 'run'}"])
+    cfg = load_config(find_path(CONFIG), given)
+    return cfg.model_copy(update={"output_dir": str(folder / "run")})
+
+
+def control_folder(cfg: RunConfig) -> str:
+    """Where the static backbone is fine-tuned."""
+    return f"{cfg.output_dir}-control"
+
+
+def check_new(*folders: str) -> None:
+    """Refuse, before the work, to train where a run was trained.
+
+    Raises:
+        OutputError: there is something in one of the folders.
+    """
+    for folder in map(Path, folders):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(
+                f"{folder} holds a run already", remedy="choose another --out, or delete what is there"
+            )
 
 
 def conversion_check(model: DyDiT, backbone: DiT, seed: int) -> EquivalenceCheck:
@@ -128,7 +150,7 @@ def finetune(model: DyDiT, backbone: DiT, cfg: RunConfig) -> tuple[CurvePoint, .
         if isinstance(record, dict):
             curve.append(_curve_point(step, record))
 
-    train(model, cfg, make_dataset(cfg.data), frozen_backbone=backbone, on_step=keep)
+    _train_to_the_end(model, cfg, frozen_backbone=backbone, on_step=keep)
     return tuple(curve)
 
 
@@ -139,17 +161,30 @@ def finetuned_control(backbone: DiT, cfg: RunConfig) -> DyDiT:
         "dydit": static,
         "compute": cfg.compute.model_copy(update={"target": 1.0}),
         "warmup": cfg.warmup.model_copy(update={"mode": "none"}),
-        "output_dir": f"{cfg.output_dir}-control",
+        "output_dir": control_folder(cfg),
     }
     model = convert(backbone, static)
-    train(model, cfg.model_copy(update=changes), make_dataset(cfg.data))
+    _train_to_the_end(model, cfg.model_copy(update=changes))
     return model
 
 
-def conditions(cfg: RunConfig, backbone: DiT) -> Conditions:
+def _train_to_the_end(model: DyDiT, cfg: RunConfig, **more: Any) -> None:
+    """Train, and bring the model back to the CPU, where everything else is done.
+
+    Raises:
+        KeyboardInterrupt: asked to stop, the run has; half of a training is no result.
+    """
+    result = train(model, cfg, make_dataset(cfg.data), **more)
+    if result.stopped:
+        raise KeyboardInterrupt
+    model.to("cpu")
+
+
+def conditions(cfg: RunConfig, backbone: DiT, control: bool) -> Conditions:
     """Under which the figures of the summary were obtained."""
     shape = backbone.shape
-    command = {"steps": cfg.train.steps, "ratio": cfg.compute.target, "seed": cfg.seed}
+    settings = {"steps": cfg.train.steps, "ratio": cfg.compute.target, "seed": cfg.seed}
+    command = [f"--{name}={value}" for name, value in settings.items()]
     return Conditions(
         model=f"DiT, {shape.depth} blocks, {shape.hidden_size} wide, {shape.num_heads} heads, "
         f"{shape.tokens} tokens",
@@ -165,7 +200,7 @@ def conditions(cfg: RunConfig, backbone: DiT) -> Conditions:
         processor=processor_name(),
         torch_version=torch.__version__,
         dydit_version=dydit.__version__,
-        command=shlex.join(["dydit", "quickstart", *(f"--{k}={v}" for k, v in command.items())]),
+        command=shlex.join(["dydit", "quickstart", *command, *(["--control"] if control else [])]),
     )
 
 

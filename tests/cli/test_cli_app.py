@@ -12,8 +12,11 @@ import pytest
 import dydit
 import dydit.config
 from dydit.cli.app import main
+from dydit.cli.execution import check_aot_compiler, check_compiler
 from dydit.cli.sampler_options import SamplerChoice
 from dydit.config.sections import SamplerName
+from dydit.deployment.folder import compiles_for
+from dydit.errors import ConfigError
 
 VERBS = ("quickstart", "pretrain", "finetune", "export", "sample", "macs", "report")
 
@@ -139,3 +142,47 @@ def test_an_error_of_torch_that_is_no_lack_of_memory_keeps_its_traceback(
     monkeypatch.setattr(dydit.config, "load_config", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         main(["finetune", str(finetune_yaml)])
+
+
+def test_sigterm_leaves_nothing_half_written(models: Any, tmp_path: Path) -> None:
+    """In a process of its own: the signal comes while the export's temporary folder is there."""
+    code = f"""
+import os, signal, sys
+from dydit.cli.app import main
+from dydit.cli.execution import check_aot_compiler, check_compiler
+from dydit.dynamic.dydit import DyDiT
+
+def save(*_):
+    assert len(os.listdir({str(tmp_path)!r})) == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+
+DyDiT.save_pretrained = save
+words = ["--steps=2", "--with-weights", {f"--out={tmp_path / 'e'}"!r}]
+sys.exit(main(["export", {str(models.dynamic)!r}, *words]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the CPU inductor writes C++, on a GPU Triton C; AOTInductor needs the CUDA toolkit for one."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    for device, kind in (("cpu", r"C\+\+"), ("cuda", "C")):
+        with pytest.raises(ConfigError, match=rf"--compile without a {kind} compiler; expected g"):
+            check_compiler("--compile", device)
+    with pytest.raises(ConfigError, match=r"--aot-compile without a C\+\+ compiler"):
+        check_aot_compiler("--aot-compile")
+    for name in ("g++", "clang"):
+        (tmp_path / name).touch(0o755)
+    check_compiler("--compile", "cpu")
+    check_compiler("--compile", "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(ConfigError, match="--aot-compile without the CUDA toolkit; expected nvcc"):
+        check_aot_compiler("--aot-compile")
+    assert compiles_for("cpu") and not compiles_for("cuda")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    check_aot_compiler("--aot-compile")

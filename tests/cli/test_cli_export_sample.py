@@ -309,3 +309,12 @@ def test_labels_and_manifest() -> None:
             parse_labels(text)
     with pytest.raises(ScheduleError, match="does not name its sampler"):
         exported_sampler({}, Path("e"))
+
+
+def test_a_file_in_the_place_of_an_export_is_told_before_the_work(
+    command: Any, models: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "e").write_text("mine")
+    told = command("export", models.dynamic, "--out", tmp_path / "e")
+    assert "e is a file; expected a folder" in told.error and "%" not in told.err
+    assert (tmp_path / "e").read_text() == "mine"

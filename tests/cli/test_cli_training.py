@@ -88,3 +88,22 @@ def test_truncated_backbone(command: Any, models: Any, finetune_yaml: Path, tmp_
 
 def test_unwritable_output(command: Any, finetune_yaml: Path, blocked: Path) -> None:
     assert str(blocked) in command("finetune", finetune_yaml, f"output_dir={blocked}").error
+
+
+def test_the_model_of_a_run_brings_the_runs_sampler(
+    command: Any, finetune_yaml: Path, tmp_path: Path
+) -> None:
+    """A run's last line names this path; a model of flow would else be sampled as one of noise."""
+    from dydit.cli.models import sampler_defaults, trained_target
+
+    assert command("finetune", finetune_yaml).status == 0
+    model = tmp_path / "run" / "model"
+    weights = model / "diffusion_pytorch_model.safetensors"
+    for path in (tmp_path / "run", model, weights):
+        assert sampler_defaults(str(path))["steps"] == 3
+        assert trained_target(str(path)) == trained_target(str(tmp_path / "run")) is not None
+    # Beside other people's config.yaml it is a folder like any other.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("hydra: {}")
+    shutil.copytree(model, tmp_path / "other" / "model")
+    assert sampler_defaults(str(tmp_path / "other" / "model")) == {}

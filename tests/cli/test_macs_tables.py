@@ -17,7 +17,7 @@ from dydit.compute.table import MacTable
 from dydit.costs import MLP, PARTS
 from dydit.errors import DyditError
 from dydit.models.presets import PRESETS
-from dydit.training.loop import CONFIG_FILE, MODEL_FOLDER
+from dydit.training.folder import CONFIG_FILE, MODEL_FOLDER
 
 
 def networks_of(command: Any, *words: object) -> list[dict[str, Any]]:
@@ -180,6 +180,7 @@ def test_the_command_fails_when_they_differ(
         (["DiT-S/2", "--all-presets"], "--all-presets with a model"),
         (["--all-presets", "--by", "block"], "--all-presets with a model, --schedule or --by"),
         (["DiT-S/2", "--schedule", "x"], "--schedule for preset"),
+        (["DiT-S/2", "--sample-size", "0"], "sample_size"),
         (["DiT-S/2", "--sample-size", "9"], "patch_size 2 does not divide sample_size 9"),
         (["DiT-S/2", "--sample-size", "axb"], "32x64 for height x width"),
         (["DiT-S/2", "--conditioning", "film"], "one of in_context, cross_attention"),

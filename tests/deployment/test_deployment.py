@@ -78,7 +78,6 @@ def side_by_side(model: DyDiT, seed: int = 0) -> SubnetSchedule:
 
 
 def deployed(folder: Path, model: DyDiT, schedule: SubnetSchedule) -> Deployment:
-    schedule.save(folder)
     write_deployment(folder, model, schedule)
     return Deployment(folder)
 
@@ -196,7 +195,6 @@ IN_CI = ("2 heads",)  # each takes minutes on a slow machine
 def test_aot_inductor_computes_the_same(tmp_path: Path, model: Any) -> None:
     model = model()
     schedule = routed(model, capacities=True)
-    schedule.save(tmp_path)
     compile_programs(tmp_path, write_deployment(tmp_path, model, schedule))
     found = Deployment(tmp_path, compiled=True)
     # Generated code has its own, coarser exponentials.

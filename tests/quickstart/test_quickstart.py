@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dydit.export.schedule import SubnetSchedule
 from dydit.quickstart import measure, run, run_quickstart
 from dydit.quickstart.run import recipe
 from dydit.report.storage import load_summary
+from dydit.training import TrainResult
 
 STEPS = 4
 SAMPLING = "name: ddim\n  steps: 20"
@@ -50,6 +52,7 @@ def test_the_summary_holds_what_was_asked_for(folder: Path) -> None:
     assert summary.conditions.target_ratio == 0.6
     assert summary.conditions.training_steps == STEPS
     assert summary.conditions.seed == 3
+    assert summary.conditions.command == f"dydit quickstart --steps={STEPS} --ratio=0.6 --seed=3 --control"
     assert summary.compute.unsupported == {}
     assert [row.role for row in summary.quality] == ["real", "backbone", "dydit", "control"]
     assert all(metric.value is not None for row in summary.quality for metric in row.metrics)
@@ -123,3 +126,36 @@ def test_settings_of_the_command_line_reach_the_recipe(tmp_path: Path) -> None:
     cfg = recipe(steps=7, ratio=0.7, seed=5, folder=tmp_path)
     assert (cfg.train.steps, cfg.compute.target, cfg.seed) == (7, 0.7, 5)
     assert cfg.output_dir == str(tmp_path / "run")
+
+
+def test_a_second_run_in_one_folder_is_refused_at_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = r"run holds a run already; choose another --out, or delete what is there"
+    assert main(["quickstart", "--out", str(folder)]) == 2
+    assert told in capsys.readouterr().err
+    (tmp_path / "run-control").mkdir()
+    (tmp_path / "run-control" / "left").touch()
+    assert main(["quickstart", "--control", "--out", str(tmp_path)]) == 2
+    assert told.replace("run ", "run-control ", 1) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run-control"]
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_half_a_training_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: bool) -> None:
+    trained = []
+
+    def stop(model: Any, *_: Any, **__: Any) -> TrainResult:
+        trained.append(model)
+        return TrainResult(1, model, stopped=len(trained) > int(control))
+
+    monkeypatch.setattr(run, "train", stop)
+    monkeypatch.setattr(measure, "QUALITY_SAMPLES", 10)
+    options = ["--out", str(tmp_path / "out"), *(["--control"] if control else [])]
+    assert main(["quickstart", *options]) == 130
+    assert len(trained) == 1 + control
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_folder_of_any_name(tmp_path: Path) -> None:
+    assert recipe(None, None, None, tmp_path / "my run #2").output_dir == str(tmp_path / "my run #2" / "run")
