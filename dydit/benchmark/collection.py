@@ -29,13 +29,13 @@ data; how far capacity's output lies from exact's says nothing about a trained m
 network's output is scaled down and added to the optimal linear noise prediction for Gaussian data, so that
 latents keep unit variance, as with a trained model.
 
-Where no instructions stand after a CPU's name, it has AVX-512 with those for bfloat16; AMD EPYC (AVX512) is
-another machine that has them too. Machines are shared, and memory is what neighbours slow down most: the
-Xeon's static DiT-XL/2 in bfloat16 took 455 to 614 ms per call at batch 2 within two hours (`dydit bench
-DiT-XL/2 --batch 2 --dtype bf16 --rounds 12 --no-memory`, time after time). Shares of small batches move with
-it, as what the engine does not narrow, adaLN's weights above all, is read from memory in every call. Of the
-engine in its form for CPUs ([the block, twice](architecture.md#the-block-twice)), which takes less time per
-call, are the figures of the Xeon; those of the other machines are older."""
+AMD EPYC (AVX512) and the Xeon have instructions for bfloat16, AMD EPYC (AVX2) has none. Machines are shared,
+and memory is what neighbours slow down most: the Xeon's static DiT-XL/2 in bfloat16 took 455 to 614 ms per
+call at batch 2 within two hours (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds 12 --no-memory`, time
+after time). Shares of small batches move with it, as what the engine does not narrow, adaLN's weights above
+all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
+twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of the Xeon, and
+those in bfloat16 of AMD EPYC (AVX512); the others are older."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
