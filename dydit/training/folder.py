@@ -29,7 +29,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / LOCK, is_singleton=False)
+        self._lock = FileLock(path / LOCK)
 
     def hold_if_there(self) -> None:
         """``hold``, where a run has begun: one that is refused leaves nothing in other folders."""
