@@ -34,8 +34,9 @@ and memory is what neighbours slow down most: the Xeon's static DiT-XL/2 in bflo
 call at batch 2 within two hours (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds 12 --no-memory`, time
 after time). Shares of small batches move with it, as what the engine does not narrow, adaLN's weights above
 all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
-twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of the Xeon, and
-those in bfloat16 of AMD EPYC (AVX512); the others are older."""
+twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of the Xeon, and of
+AMD EPYC (AVX512) those in bfloat16 at full depth or against depth, and those against batch; the others are
+older."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
