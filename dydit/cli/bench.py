@@ -103,10 +103,7 @@ def bench(
     """Time the static backbone, the masked model and the engine in turns, and compare with the MACs.
 
     A preset gets random weights, and routers that deploy the asked share of its compute."""
-    from dydit.benchmark.run import run_benchmark
     from dydit.benchmark.settings import BenchSettings, Dtype, ModeName
-    from dydit.cli.mac_networks import is_preset
-    from dydit.cli.models import model_path, sampler_defaults
 
     given: dict[str, Any] = {
         "batches": _numbers("--batch", batch), "dtypes": _words("--dtype", dtype, Dtype),
@@ -119,6 +116,10 @@ def bench(
         "sampler": None if sampler is None else sampler.value, "guidance": guidance, "threads": threads,
         "seed": seed,
     }  # fmt: skip
+    from dydit.benchmark.run import run_benchmark
+    from dydit.cli.mac_networks import is_preset
+    from dydit.cli.models import model_path, sampler_defaults
+
     if is_preset(model):
         given |= {} if ratio is None else {"ratio": ratio}
     else:

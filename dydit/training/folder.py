@@ -44,9 +44,9 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written, or another process holds it.
         """
-        check_writable(self.path / CHECKPOINTS)
         if self._lock.is_locked:
             return
+        check_writable(self.path / CHECKPOINTS)
         try:
             self._lock.acquire(timeout=_WAIT_S)
         except Timeout:
@@ -55,7 +55,7 @@ class RunFolder:
                 expected="one at a time",
                 remedy="wait for it, stop it, or set another output_dir",
             ) from None
-        except (OSError, NotImplementedError) as problem:
+        except (OSError, NotImplementedError) as problem:  # by version of filelock
             log.warning(
                 "%s cannot be locked (%s): make sure that one run at a time is in it", self.path, problem
             )

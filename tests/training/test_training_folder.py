@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import train_in_child
 
 from dydit.config import RunConfig, dump_config
 from dydit.errors import ConfigError, OutputError
@@ -69,13 +70,7 @@ def test_two_processes_do_not_train_in_one_folder(
     monkeypatch.setattr(folder, "_WAIT_S", 0.0)
     cfg = make_config(train={"steps": 1000, "save_every": 1})
     run = Path(cfg.output_dir)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            run_training(cfg)
-        finally:
-            os._exit(0)
+    child = train_in_child(cfg)
     try:
         deadline = time.monotonic() + 60
         while not (run / "latest").exists() and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import train_in_child
 
 from dydit.config import RunConfig
 from dydit.errors import CheckpointError, OutputError
@@ -153,13 +154,7 @@ def test_kill_9_at_any_moment_and_resume_equals_a_straight_run(make_config: Make
 def test_kill_9_from_outside(make_config: MakeConfig) -> None:
     """As a scheduler or the kernel does it, wherever the process happens to be."""
     straight, cfg = run_training(make_config("straight")), make_config("killed")
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            run_training(cfg)
-        finally:
-            os._exit(0)
+    child = train_in_child(cfg)
     while not (Path(cfg.output_dir) / "latest").exists():  # the first save has come through
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         os.sched_yield()
