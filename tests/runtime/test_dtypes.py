@@ -17,6 +17,7 @@ from dydit.export.schedule import SubnetSchedule
 from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.layers import self_attention
+from dydit.runtime.packing import PackedBlock
 from dydit.runtime.sliced import filled_up
 from dydit.runtime.workspace import Workspace
 from dydit.shapes import CONDITIONINGS
@@ -134,6 +135,40 @@ def test_no_kernel_is_made_for_every_number_of_kept_tokens(
     for i, t in enumerate(TIMESTEPS):
         engine(x[i : i + 1], t, y[i : i + 1])
     assert sizes == {whole} and kept - {0, whole}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_an_mlp_in_pieces(
+    rows: int, bias: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 rows at most, where the first layer is multiplied in one kernel."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no products in bfloat16 for this processor")
+    torch.manual_seed(0)
+    fc1, fc2 = (
+        (torch.randn(out, into, dtype=dtype), torch.randn(out, dtype=dtype) if bias else None)
+        for into, out in ((24, 48), (48, 24))
+    )
+    packed, act = PackedBlock((), fc2, fc1, fc2, head_dim=8), nn.GELU("tanh")
+    room, x, sizes, kernel = Workspace(), torch.randn(1, rows, 24, dtype=dtype), [], layers.in_one_kernel
+
+    def seen(x: Tensor, weight: Tensor, activated: bool = False) -> bool:
+        sizes.append(x.shape[:-1].numel())
+        return kernel(x, weight, activated)
+
+    multiply_in_one_kernel(monkeypatch, frozenset({dtype}))
+    whole = layers.sliced_mlp(packed, act, x, Workspace())
+    monkeypatch.setattr(layers, "ROWS", 8)
+    monkeypatch.setattr(layers, "in_one_kernel", seen)
+    found = layers.sliced_mlp(packed, act, x, room)
+    assert found.shape == x.shape and relative_error(found.float(), whole.float()) < tolerance
+    multiplied = sizes if rows <= 8 else sizes[1:]  # the first question is of all
+    assert max(multiplied) <= 8
+    sizes.clear()
+    layers.sliced_mlp(packed, act, x, room, any_size=True)
+    assert not sizes  # BLAS
 
 
 @pytest.mark.parametrize("scores", [0, 256, 3 * 256, 10**6])  # none, 1, 3 and all heads at a time
