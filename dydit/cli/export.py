@@ -292,13 +292,13 @@ def _check_replaceable(out: Path) -> None:
     check_replaceable(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
-    from dydit.deployment.folder import LOADER, PLAN, PLAN_SHA256, PROGRAMS, WEIGHTS
+    from dydit.deployment.folder import LOADER, PLAN, PROGRAMS, SUMS, WEIGHTS
     from dydit.export.artefact import MANIFEST, TENSORS, is_artefact
     from dydit.models.checkpoints.sources import WEIGHTS as MODEL
 
-    # What an export writes, and Python beside the loader.
-    written = (TENSORS, MANIFEST, "config.json", f"{MODEL}*", PROGRAMS, WEIGHTS, PLAN, PLAN_SHA256, LOADER,
-               "__pycache__")  # fmt: skip
+    # What an export writes, or wrote before there were sums; and Python beside the loader.
+    written = (TENSORS, MANIFEST, "config.json", f"{MODEL}*", PROGRAMS, WEIGHTS, PLAN, SUMS, LOADER,
+               "deployment.sha256", "__pycache__")  # fmt: skip
     names = sorted(path.name for path in out.iterdir())
     other = [name for name in names if not any(fnmatch(name, pattern) for pattern in written)]
     if other or not is_artefact(out):

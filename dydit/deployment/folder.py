@@ -22,13 +22,14 @@ from dydit.deployment.programs import Programs, export_programs
 from dydit.deployment.slices import mask_slices
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import OutputError
-from dydit.export.artefact import TENSORS
 from dydit.export.schedule import SubnetSchedule
 from dydit.files import sha256_of, write_file
 from dydit.routing.gates import logit
 
 WEIGHTS, PLAN, LOADER, PROGRAMS = "weights.safetensors", "deployment.json", "run.py", "programs"
-PLAN_SHA256 = "deployment.sha256"
+SUMS = "SHA256SUMS"
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+TYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 
 
 def write_deployment(
@@ -61,17 +62,31 @@ def write_deployment(
             f"{folder} cannot be written ({error})", remedy="free space, or choose an empty folder"
         ) from error
     files = list(weights or (WEIGHTS,))
-    plan = {**_plan(model, schedule, programs), "weights": files}
-    portable = [f"{PROGRAMS}/{name}.pt2" for name in programs.programs]
-    plan["sha256"] = {name: sha256_of(folder / name) for name in (*files, TENSORS, *portable)}
-    _write_plan(folder, plan)
+    tensors = {name: tensors_of(folder / name) for name in files}
+    write_file(folder / PLAN, json.dumps({**_plan(model, schedule, programs), "weights": tensors}))
     write_file(folder / LOADER, Path(loader.__file__).read_bytes())
+    portable = [f"{PROGRAMS}/{name}.pt2" for name in programs.programs]
+    _add_sums(folder, [*files, PLAN, LOADER, *portable])
     return programs
 
 
-def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
-    write_file(folder / PLAN, json.dumps(plan))
-    write_file(folder / PLAN_SHA256, sha256_of(folder / PLAN))
+def _add_sums(folder: Path, names: Sequence[str]) -> None:
+    """Add lines to the file that ``sha256sum --check`` reads."""
+    path = folder / SUMS
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_file(path, before + "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
+
+
+def tensors_of(path: Path) -> dict[str, list[Any]]:
+    """Name -> first byte, byte after the last, dtype and shape, of the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # length of the header, header, tensors
+        header = json.loads(file.read(start - 8))
+    header.pop("__metadata__", None)
+    return {
+        name: [*(start + place for place in entry["data_offsets"]), TYPES[entry["dtype"]], entry["shape"]]
+        for name, entry in header.items()
+    }
 
 
 def _bare(program: ExportedProgram) -> ExportedProgram:
@@ -81,7 +96,7 @@ def _bare(program: ExportedProgram) -> ExportedProgram:
     return bare
 
 
-def _labels(model: DyDiT) -> int:
+def _classes(model: DyDiT) -> int:
     """Rows of the label table; 0 for a model that takes text."""
     shape = model.shape
     return 0 if shape.takes_text else shape.num_classes + shape.null_class
@@ -117,9 +132,9 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
     Raises:
         OutputError: the compiler failed.
     """
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    made_for = torch.device(json.loads((folder / PLAN).read_text(encoding="utf-8"))["device"]).type
     for name, program in tqdm(programs.programs.items(), "compile", disable=not progress):
-        file = f"{PROGRAMS}/{name}.compiled.pt2"
+        file = f"{PROGRAMS}/{name}.{made_for}.pt2"
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=(content := io.BytesIO()))
             (folder / file).write_bytes(content.getvalue())
@@ -128,8 +143,7 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
             raise OutputError(
                 f"program {name} was not compiled ({reason})", remedy="export with --no-aot-compile"
             ) from error
-        plan["sha256"][file] = sha256_of(folder / file)
-    _write_plan(folder, plan)
+        _add_sums(folder, [file])
 
 
 def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:
@@ -148,13 +162,15 @@ def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[st
     return {
         "torch_version": torch.__version__,
         "device": str(weight.device),
-        "dtype": str(weight.dtype),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "inputs": programs.inputs,
-        "labels": _labels(model),
+        "classes": _classes(model),
         "timesteps": [torch.tensor(t, dtype=torch.float32).item() for t in schedule.timesteps],
         "token_logit": logit(schedule.routing.token_threshold),
         "programs": sorted(programs.programs),
         "ends": programs.ends,
         "blocks": blocks,
         "masks": mask_slices(schedule, model),
+        "rows": schedule.rows.tolist(),
+        "capacities": None if schedule.capacities is None else schedule.capacities.tolist(),
     }

@@ -86,17 +86,16 @@ class _Exporter:
         names: dict[str, list[str]] = {}
         every_cond = dict.fromkeys(cond, _BATCH)
         for name in self.attends:
-            qkv, out = _example_attention(attention, name)
-            inputs: tuple[Any, ...] = (tokens, cond, qkv, out)
+            *qkv, out = _example_attention(attention, name)
+            inputs: tuple[Any, ...] = (tokens, cond, [*qkv, out])
             any_number = name in ("attend", "attend_of_run")
             rows, columns = (_ROWS, _COLUMNS) if any_number else (_FIXED, _FIXED)
-            sizes: tuple[Any, ...] = (_BATCH, every_cond, [rows] * len(qkv), columns)
+            sizes: tuple[Any, ...] = (_BATCH, every_cond, [*[rows] * len(qkv), columns])
             names[name], (x, m, logits) = self._export(name, stages.attend(i), inputs, sizes)
         every_m = [None if row is None else _BATCH for row in m]
         for some in self.has_groups:
-            fc1, fc2 = _example_mlp(mlp, some)
-            inputs = (x, m, fc1, fc2)
-            sizes = (_BATCH, every_m, _ROWS if some else None, _COLUMNS if some else _FIXED)
+            inputs = (x, m, _example_mlp(mlp, some))
+            sizes = (_BATCH, every_m, [_ROWS, _COLUMNS] if some else [_FIXED])
             suffix = "" if some else "_without_groups"
             name = f"mlp_of_all{suffix}"
             names[name], _ = self._export(name, stages.mlp_of_all(i), inputs, sizes)
@@ -138,7 +137,7 @@ def _example(model: DyDiT, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, t, torch.zeros(_SAMPLES, dtype=torch.int64, device=x.device)
 
 
-def _example_attention(parts: AttentionParts, name: str) -> tuple[list[Weights], Weights]:
+def _example_attention(parts: AttentionParts, name: str) -> list[Weights]:
     """Weights of most heads, of one, or of none: only their shapes count, and how many layers they are."""
     width, H = parts.out.in_features, parts.num_heads
     heads = {"attend_without_heads": 0, "attend_of_one_head": 1}.get(name, H - 1 if H > 2 else H)
@@ -150,14 +149,14 @@ def _example_attention(parts: AttentionParts, name: str) -> tuple[list[Weights],
         layers = list(zip(weight.chunk(3), biases, strict=True))
     count = size * 3 // len(layers)
     qkv = [(w[:count], None if b is None else b[:count]) for w, b in layers if size]
-    return qkv, (parts.out.weight[:, :size].contiguous(), parts.out.bias)
+    return [*qkv, (parts.out.weight[:, :size].contiguous(), parts.out.bias)]
 
 
-def _example_mlp(parts: MlpParts, some: bool) -> tuple[Weights | None, Weights]:
+def _example_mlp(parts: MlpParts, some: bool) -> list[Weights]:
     """Weights of most groups, or of none."""
     size = parts.fc1.out_features // 2 if some else 0
     fc2 = parts.fc2.weight[:, :size].contiguous(), parts.fc2.bias
-    return _rows(parts.fc1, size) if some else None, fc2
+    return [_rows(parts.fc1, size), fc2] if some else [fc2]
 
 
 def _rows(layer: nn.Linear, size: int) -> Weights:

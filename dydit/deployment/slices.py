@@ -31,10 +31,11 @@ def attention_program(heads: np.ndarray, fused: bool) -> str:
 
 
 def mask_slices(schedule: SubnetSchedule, model: DyDiT) -> list[dict[str, Any]]:
-    """Of each of the schedule's masks: the stages to run, and what to cut of each layer.
+    """Of each of the schedule's masks: the stages to run, and what to cut of the layers that they take.
 
     A cut is [layer, 0 for rows or 1 for columns, runs of them]: for q, k and v three views of a fused layer,
-    where the heads are one run, else one copy.
+    where the heads are one run, else one copy. Without heads there are none of q, k and v, without groups
+    none of fc1.
     """
     shape, fused = model.shape, is_fused(model)
     H, d = shape.num_heads, shape.head_dim
@@ -55,9 +56,8 @@ def mask_slices(schedule: SubnetSchedule, model: DyDiT) -> list[dict[str, Any]]:
                 "attend": program,
                 "mlp_of_all": f"mlp_of_all{suffix}",
                 "mlp_of_kept": f"mlp_of_kept{suffix}",
-                "qkv": qkv if heads.any() else [],
-                "out": [["out", 1, of_heads]],
-                "fc": [["fc1", 0, of_groups] if groups.any() else None, ["fc2", 1, of_groups]],
+                "attention": [*(qkv if heads.any() else []), ["out", 1, of_heads]],
+                "mlp": [*([["fc1", 0, of_groups]] if groups.any() else []), ["fc2", 1, of_groups]],
             }
         )
     return slices

@@ -99,11 +99,15 @@ class Stages:
         return self.adapter.decode(self.backbone, tokens, self.conditioning(**cond))
 
     def attend(self, block: int) -> Callable[..., Any]:
-        """Of one block; see ``SlicedBlock.attend``."""
+        """Of one block, with its layers cut down: those of q, k and v, then the output projection.
+
+        See ``SlicedBlock.attend``.
+        """
 
         def run(
-            x: Tensor, cond: Fields, qkv: list[Weights], out: Weights
+            x: Tensor, cond: Fields, layers: list[Weights]
         ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+            *qkv, out = layers
             packed = self._packed(qkv=qkv, out=out)
             x, m, logits = self.blocks[block].attend(x, self.conditioning(**cond), packed)
             return x, list(m), logits
@@ -111,21 +115,28 @@ class Stages:
         return run
 
     def mlp_of_all(self, block: int) -> Callable[..., Tensor]:
-        """Of one block; see ``SlicedBlock.mlp_of_all``."""
+        """Of one block, with its layers cut down: fc1, where there is a group, then fc2.
 
-        def run(x: Tensor, m: list[Tensor | None], fc1: Weights | None, fc2: Weights) -> Tensor:
-            return self.blocks[block].mlp_of_all(x, Modulation(*m), self._packed(fc1=fc1, fc2=fc2))
+        See ``SlicedBlock.mlp_of_all``.
+        """
+
+        def run(x: Tensor, m: list[Tensor | None], layers: list[Weights]) -> Tensor:
+            return self.blocks[block].mlp_of_all(x, Modulation(*m), self._packed_mlp(layers))
 
         return run
 
     def mlp_of_kept(self, block: int) -> Callable[..., Tensor]:
-        """Of one block; see ``SlicedBlock.mlp_of_kept``."""
+        """Of one block and the layers of ``mlp_of_all``; see ``SlicedBlock.mlp_of_kept``."""
 
-        def run(x: Tensor, m: list[Tensor | None], fc1: Weights | None, fc2: Weights, kept: Tensor) -> Tensor:
-            packed = self._packed(fc1=fc1, fc2=fc2)
+        def run(x: Tensor, m: list[Tensor | None], layers: list[Weights], kept: Tensor) -> Tensor:
+            packed = self._packed_mlp(layers)
             return self.blocks[block].mlp_of_kept(x.clone(), Modulation(*m), packed, kept)
 
         return run
+
+    def _packed_mlp(self, layers: list[Weights]) -> PackedBlock:
+        *fc1, fc2 = layers
+        return self._packed(fc1=fc1[0] if fc1 else None, fc2=fc2)
 
     def _packed(
         self, qkv: Sequence[Weights] = (), out: Any = None, fc1: Weights | None = None, fc2: Any = None
