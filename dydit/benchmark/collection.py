@@ -29,14 +29,15 @@ data; how far capacity's output lies from exact's says nothing about a trained m
 network's output is scaled down and added to the optimal linear noise prediction for Gaussian data, so that
 latents keep unit variance, as with a trained model.
 
-AMD EPYC (AVX512) and the Xeon have instructions for bfloat16, AMD EPYC (AVX2) has none. Machines are shared,
-and memory is what neighbours slow down most: the Xeon's static DiT-XL/2 in bfloat16 took 455 to 614 ms per
-call at batch 2 within two hours (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds 12 --no-memory`, time
-after time). Shares of small batches move with it, as what the engine does not narrow, adaLN's weights above
-all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
-twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of the Xeon, and of
-AMD EPYC (AVX512) those in bfloat16 at full depth or against depth, and those against batch; the others are
-older."""
+AMD EPYC (AVX512) and the Xeon with AMX have instructions for bfloat16, the other two have none. Machines are
+shared, and memory is what neighbours slow down most: the static DiT-XL/2 in bfloat16 took 455 to 614 ms per
+call at batch 2 within two hours on the Xeon with AMX (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds
+12 --no-memory`, time after time). Shares of small batches move with it, as what the engine does not narrow,
+adaLN's weights above all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
+twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of both Xeons, and
+of AMD EPYC (AVX512) those in bfloat16 at full depth or against depth, and those against batch; the others
+are older. Since the figures in bfloat16 at batch 8, MLPs run on 1,024 tokens at a time, so that less memory
+is taken; they have not been measured again."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
