@@ -71,10 +71,12 @@ def write_deployment(
 
 
 def _add_sums(folder: Path, names: Sequence[str]) -> None:
-    """Add lines to the file that ``sha256sum --check`` reads."""
+    """Have lines of these files in the one that ``sha256sum --check`` reads."""
     path = folder / SUMS
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_file(path, before + "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    sums = {line.split("  ")[1]: line for line in lines}
+    sums |= {name: f"{sha256_of(folder / name)}  {name}" for name in names}
+    write_file(path, "".join(f"{line}\n" for line in sums.values()))
 
 
 def tensors_of(path: Path) -> dict[str, list[Any]]:
@@ -133,17 +135,17 @@ def compile_programs(folder: Path, programs: Programs, progress: bool = False) -
         OutputError: the compiler failed.
     """
     made_for = torch.device(json.loads((folder / PLAN).read_text(encoding="utf-8"))["device"]).type
+    files = {name: f"{PROGRAMS}/{name}.{made_for}.pt2" for name in programs.programs}
     for name, program in tqdm(programs.programs.items(), "compile", disable=not progress):
-        file = f"{PROGRAMS}/{name}.{made_for}.pt2"
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=(content := io.BytesIO()))
-            (folder / file).write_bytes(content.getvalue())
+            (folder / files[name]).write_bytes(content.getvalue())
         except (OSError, RuntimeError) as error:  # torch's errors of the compiler are RuntimeErrors
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise OutputError(
                 f"program {name} was not compiled ({reason})", remedy="export with --no-aot-compile"
             ) from error
-        _add_sums(folder, [file])
+    _add_sums(folder, [*files.values()])
 
 
 def _plan(model: DyDiT, schedule: SubnetSchedule, programs: Programs) -> dict[str, Any]:

@@ -23,18 +23,6 @@ def check(holds: bool, seen: str, expected: str, remedy: str) -> None:
         raise ValueError(f"{seen}; expected {expected}; {remedy}")
 
 
-def check_files(folder: Path) -> None:
-    """Compare the folder's files with their lines in SHA256SUMS, as ``sha256sum --check`` does."""
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
-        (written, name), found = line.split("  "), hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while part := file.read(1 << 24):
-                found.update(part)
-        seen, expected = (f"{digest[:12]}…" for digest in (found.hexdigest(), written))
-        remedy = "copy the folder again, or export again"
-        check(found.hexdigest() == written, f"{name} with sha256 {seen}", f"{expected} as written", remedy)
-
-
 class Deployment:
     """A schedule's subnetworks. Several threads may call it, on a GPU those of one stream.
 
@@ -48,29 +36,54 @@ class Deployment:
     def __init__(
         self, folder: str | Path, device: str | None = None, compiled: bool = False, verify: bool = True
     ) -> None:
-        folder, self.compiled = Path(folder), compiled
+        self.folder, self.compiled, self.sums = Path(folder), compiled, dict[str, str]()
         if verify:
-            check_files(folder)
-        plan = self.plan = json.loads((folder / "deployment.json").read_text())
-        kind, dtype = torch.device(plan["device"]).type, getattr(torch, plan["dtype"])
-        self.device = torch.empty(0, device=device or kind).device  # with its index
+            lines = self._file("SHA256SUMS").read_text().splitlines()
+            self.sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        plan = self.plan = json.loads(self._file("deployment.json").read_text())
+        wanted, dtype = (
+            torch.device(device or torch.device(plan["device"]).type),
+            getattr(torch, plan["dtype"]),
+        )
+        there = wanted.type != "cuda" or torch.cuda.is_available()
+        check(there, f"device {wanted}", "one that torch finds here", 'give device="cpu"')
+        self.device, dtype = torch.empty(0, device=wanted).device, getattr(torch, plan["dtype"])
         self.weights: dict[str, Tensor] = {}
         for file, tensors in plan["weights"].items():
-            path = folder / file
+            path = self._file(file)
             data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
             for name, (first, last, stored, shape) in tensors.items():
+                seen, expected = f"{path} ends within {name}", f"{last:,} bytes"
+                check(last <= len(data), seen, expected, "copy the folder again")
                 tensor = data[first:last].clone().view(getattr(torch, stored)).reshape(shape)
                 self.weights[name] = tensor.to(self.device, dtype)
-        self.programs = {name: self._load(folder / "programs" / name) for name in plan["programs"]}
+        self.programs = {name: self._load(f"programs/{name}") for name in plan["programs"]}
         self.packs: dict[int, Any] = {}  # of each block, the last
 
-    def _load(self, path: Path) -> Any:
+    def _file(self, name: str) -> Path:
+        """A file of the folder; where sums are compared, the one that was written."""
+        path, remedy = self.folder / name, "copy the folder again, or export again"
+        there = path.is_file() and path.stat().st_size > 0
+        check(there, f"no {path}, or an empty one", "a file", remedy)
+        if self.sums:
+            found = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    found.update(part)
+            seen, expected = found.hexdigest(), self.sums.get(name, "no line of it")
+            check(
+                seen == expected, f"{name} with sha256 {seen[:12]}…", f"{expected[:12]}… as written", remedy
+            )
+        return path
+
+    def _load(self, name: str) -> Any:
         if self.compiled:
-            path, index = path.with_suffix(f".{self.device.type}.pt2"), self.device.index
+            name, index = f"{name}.{self.device.type}.pt2", self.device.index
             remedy = "leave out compiled=True, or export with --aot-compile on such a machine"
-            check(path.is_file(), f"no {path}", "compiled programs", remedy)
-            return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
-        program = torch.export.load(path.with_suffix(".pt2"))
+            check((self.folder / name).is_file(), f"no {self.folder / name}", "compiled programs", remedy)
+            library, index = str(self._file(name)), -1 if index is None else index
+            return torch._inductor.aoti_load_package(library, device_index=index)
+        program = torch.export.load(self._file(f"{name}.pt2"))
         moves = self.device != torch.device(self.plan["device"])
         return (move_to_device_pass(program, self.device) if moves else program).module()
 
@@ -80,6 +93,7 @@ class Deployment:
 
         Of models that learn the variance too, that follows in C more channels.
         """
+        check(not isinstance(t, Tensor) or t.numel() == 1, "several timesteps", "one", "make a call for each")
         plan, t = self.plan, torch.tensor(float(t), dtype=torch.float32).item()
         for given, (name, (dtype, *sizes)) in zip((x, y), plan["inputs"].items(), strict=True):
             seen, expected = f"{given.dtype}, {(*given.shape,)}", f"{dtype}, {(max(len(x), 1), *sizes)}"

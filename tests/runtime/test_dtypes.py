@@ -26,6 +26,12 @@ from dydit.shapes import CONDITIONINGS
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
+def want_products_of_onednn(dtype: torch.dtype) -> None:
+    """Skip the test where oneDNN does not multiply in this precision: no engine takes its kernels there."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no products in bfloat16 for this processor")
+
+
 def routed(conditioning: str) -> tuple[DyDiT, SubnetSchedule, Tensor, Tensor]:
     """A model, its schedule, and one sample per timestep.
 
@@ -85,8 +91,7 @@ def test_an_octave_has_few_sizes(sizes: int) -> None:
 def test_products_in_one_kernel_or_in_several(
     dtype: torch.dtype, tolerance: float, rows: int, act: nn.Module | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no products in bfloat16 for this processor")
+    want_products_of_onednn(dtype)
     torch.manual_seed(0)
     wide = torch.randn(24, 96, dtype=dtype)
     weights = (wide.contiguous(), wide.t().contiguous().t(), wide[4:12], wide[:, 8:40])
@@ -144,8 +149,7 @@ def test_an_mlp_in_pieces(
     rows: int, bias: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 8 rows at most, where the first layer is multiplied in one kernel."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no products in bfloat16 for this processor")
+    want_products_of_onednn(dtype)
     torch.manual_seed(0)
     fc1, fc2 = (
         (torch.randn(out, into, dtype=dtype), torch.randn(out, dtype=dtype) if bias else None)
