@@ -2,9 +2,7 @@
 
     python tools/measure_engine_memory.py                # DiT-XL/2 cut to 8 blocks, bfloat16, batch 8
     python tools/measure_engine_memory.py --sizes any    # the MLP on exactly the kept tokens
-    python tools/measure_engine_memory.py --one-kernel --rows 1000000
-                                                         # fc1, bias and GELU in one oneDNN kernel on any CPU,
-                                                         # and an MLP on all tokens at a time
+    python tools/measure_engine_memory.py --one-kernel   # fc1, bias and GELU in one oneDNN kernel on any CPU
 
 Each pass calls every timestep of a 50-step schedule on fresh noise, so the number of kept tokens is another
 one in every call. Memory is the process's resident set above the moment before the first pass.
@@ -36,7 +34,6 @@ def main() -> None:
     parser.add_argument("--mode", choices=["exact", "capacity"], default="exact")
     parser.add_argument("--sizes", choices=["few", "any"], default="few")
     parser.add_argument("--one-kernel", action="store_true")
-    parser.add_argument("--rows", type=int, default=layers.ROWS)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -45,7 +42,6 @@ def main() -> None:
         on_cpu.filled_up = lambda count: count
     if options.one_kernel:
         layers.ACTIVATED_IN_ONE_KERNEL = frozenset({DTYPES[options.dtype]})
-    layers.ROWS = options.rows
     settings = BenchSettings(subject=options.preset, dtypes=(options.dtype,), depth=options.depth)
     case = CaseSettings(dtype=options.dtype, batches=(1,), depth=options.depth, sample_size=32)
     subject = make_subject(settings, case)

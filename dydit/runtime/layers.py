@@ -17,7 +17,6 @@ from dydit.runtime.packing import PackedBlock, Weights
 from dydit.runtime.workspace import Workspace, space
 
 SCORES = 1 << 20  # of attention at a time: 2 MB in bfloat16, which stay in the cache
-ROWS = 1024  # of an MLP at a time, where its first layer takes new memory
 # oneDNN's product with what follows it; PyTorch has no public name for it, and on some platforms nothing.
 _POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
@@ -90,15 +89,8 @@ def sliced_mlp(
     if packed.fc1 is None:
         bias = packed.fc2[1]
         return torch.zeros_like(x) if bias is None else bias.expand_as(x)
-    rows = x.numel() // x.shape[-1]
-    if workspace is None or rows <= ROWS or any_size or not in_one_kernel(x, packed.fc1[0], activated=True):
-        hidden = linear(x, packed.fc1, workspace, act, any_size)
-        return linear(hidden, packed.fc2, workspace, any_size=any_size)
-    # Large results of many sizes, with the kernels that oneDNN keeps between them, are what a heap grows by.
-    out = workspace.empty((rows, len(packed.fc2[0])), x.dtype)
-    for some, result in zip(x.view(rows, -1).split(ROWS), out.split(ROWS), strict=True):
-        _product(linear(some, packed.fc1, workspace, act), packed.fc2, result)
-    return out.view(*x.shape[:-1], -1)
+    hidden = linear(x, packed.fc1, workspace, act, any_size)
+    return linear(hidden, packed.fc2, workspace, any_size=any_size)
 
 
 def linear(
@@ -127,21 +119,15 @@ def linear(
         if isinstance(act, nn.ReLU):
             return _POINTWISE(x, weight, bias, "relu", [], "")
     rows = x.view(-1, x.shape[-1])
-    result = workspace.empty((rows.shape[0], weight.shape[0]), x.dtype)
-    _product(rows, layer, result)
-    result = result.view(*x.shape[:-1], -1)
-    if gelu:
-        return torch.ops.aten.gelu.out(result, approximate=gelu, out=result)
-    return result if act is None else act(result)
-
-
-def _product(rows: Tensor, layer: Weights, out: Tensor) -> None:
-    """A linear layer over rows (R, in), to ``out``."""
-    weight, bias = layer
+    out = workspace.empty((rows.shape[0], weight.shape[0]), x.dtype)
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
+    out = out.view(*x.shape[:-1], -1)
+    if gelu:
+        return torch.ops.aten.gelu.out(out, approximate=gelu, out=out)
+    return out if act is None else act(out)
 
 
 def in_one_kernel(x: Tensor, weight: Tensor, activated: bool = False) -> bool:

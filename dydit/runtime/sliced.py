@@ -20,15 +20,17 @@ from dydit.runtime.layers import sliced_attention, sliced_mlp
 from dydit.runtime.packing import PackedBlock
 
 SIZES_PER_OCTAVE = 8 if HAS_AMX else 16  # kernels for AMX take more memory, and more of them save no time
+MANY = 512  # rows: the results of more take megabytes, and gaps between many sizes of them more memory
 
 
 def filled_up(count: int, sizes: int = SIZES_PER_OCTAVE) -> int:
     """The number of rows to compute for ``count``: one of ``sizes`` of its octave at most, a multiple of 16.
 
     For bfloat16 and float16 on the CPU, where oneDNN makes a kernel for each size and keeps it: with sizes
-    that no call has in common with another, that takes time in every call, and its memory grows.
+    that no call has in common with another, that takes time in every call, and its memory grows. Above
+    ``MANY`` rows half as many sizes.
     """
-    step = max(16, (1 << count.bit_length()) // (2 * sizes))
+    step = max(16, (1 << count.bit_length()) // (sizes if count > MANY else 2 * sizes))
     return -(-count // step) * step
 
 
