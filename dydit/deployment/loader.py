@@ -41,10 +41,7 @@ class Deployment:
             lines = self._file("SHA256SUMS").read_text().splitlines()
             self.sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
         plan = self.plan = json.loads(self._file("deployment.json").read_text())
-        wanted, dtype = (
-            torch.device(device or torch.device(plan["device"]).type),
-            getattr(torch, plan["dtype"]),
-        )
+        wanted = torch.device(device or torch.device(plan["device"]).type)
         there = wanted.type != "cuda" or torch.cuda.is_available()
         check(there, f"device {wanted}", "one that torch finds here", 'give device="cpu"')
         self.device, dtype = torch.empty(0, device=wanted).device, getattr(torch, plan["dtype"])
