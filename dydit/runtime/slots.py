@@ -16,7 +16,6 @@ from torch import Tensor
 from dydit.adapters.base import AttentionParts, MlpParts
 from dydit.processor import WITHOUT_ONEDNN
 from dydit.runtime.packing import PackedAttention, PackedMlp, Weights, group_bytes, head_bytes, weights_of
-from dydit.runtime.pages import lasting
 
 Packing = PackedAttention | PackedMlp
 
@@ -111,7 +110,7 @@ class _Rows:
         self.copies = []
         for tensor in (tensor for tensor in layer if tensor is not None):
             source = tensor.unflatten(0, (sections, components, -1)).movedim(1, 0)  # (K, sections, u, ...)
-            self.copies.append((source, lasting(tensor, capacity, *source.shape[1:])))
+            self.copies.append((source, tensor.new_empty(capacity, *source.shape[1:])))
 
     def first(self, n: int) -> Weights:
         """Weight and bias of the first n slots."""
@@ -131,9 +130,9 @@ class _Columns:
         weight, self._bias = layer
         source = weight.unflatten(1, (components, -1)).permute(1, 2, 0)  # (K, u, out)
         if weight.device.type == "cpu" and weight.dtype in WITHOUT_ONEDNN:
-            self._target = lasting(weight, len(weight), capacity, source.shape[1]).permute(1, 2, 0)
+            self._target = weight.new_empty(len(weight), capacity, source.shape[1]).permute(1, 2, 0)
         else:
-            self._target = lasting(weight, capacity, *source.shape[1:])
+            self._target = weight.new_empty(capacity, *source.shape[1:])
         self.copies = [(source, self._target)]
 
     def first(self, n: int) -> Weights:
