@@ -36,8 +36,8 @@ call at batch 2 within two hours on the Xeon with AMX (`dydit bench DiT-XL/2 --b
 adaLN's weights above all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
 twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of both Xeons, and
 of AMD EPYC (AVX512) those in bfloat16 at full depth or against depth, and those against batch; the others
-are older. Since those in bfloat16 were measured, but for full depth on the Xeon with AMX, MLPs of more than
-512 tokens run in half as many sizes there, which saves memory."""
+are older. Figures in bfloat16, but those at full depth on the Xeon with AMX, are from before MLPs of more
+than 512 tokens ran in half as many sizes, which saves memory."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",

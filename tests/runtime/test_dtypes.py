@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.export.schedule import SubnetSchedule
+from dydit.processor import WITHOUT_ONEDNN
 from dydit.runtime import layers
 from dydit.runtime.engine import Mode, SubnetEngine
 from dydit.runtime.layers import self_attention
@@ -23,12 +24,6 @@ from dydit.shapes import CONDITIONINGS
 
 # Errors of a few roundings of 8 and 11 bits each, relative to the largest output.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-def want_products_of_onednn(dtype: torch.dtype) -> None:
-    """Skip the test where oneDNN does not multiply in this precision: no engine takes its kernels there."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no products in bfloat16 for this processor")
 
 
 def routed(conditioning: str) -> tuple[DyDiT, SubnetSchedule, Tensor, Tensor]:
@@ -92,7 +87,8 @@ def test_an_octave_has_few_sizes(sizes: int) -> None:
 def test_products_in_one_kernel_or_in_several(
     dtype: torch.dtype, tolerance: float, rows: int, act: nn.Module | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    want_products_of_onednn(dtype)
+    if dtype in WITHOUT_ONEDNN:  # no engine takes its kernels there
+        pytest.skip(f"oneDNN has no products in {dtype} for this processor")
     torch.manual_seed(0)
     wide = torch.randn(24, 96, dtype=dtype)
     weights = (wide.contiguous(), wide.t().contiguous().t(), wide[4:12], wide[:, 8:40])
