@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,25 @@ def with_null(labels: Tensor, null: Tensor | int) -> Tensor:
     return torch.cat([labels, without])
 
 
+def batch_labels(labels: Tensor, null: Tensor | int | None, scale: float) -> Tensor:
+    """What guidance at a scale gives the model: labels, and what stands for none (see ``with_null``).
+
+    Raises:
+        ConfigError: the model has no null class.
+    """
+    if scale == 1:
+        return labels
+    if null is None:
+        raise ConfigError(f"guidance scale {scale:g} for a model without a null class", expected="scale 1")
+    return with_null(labels, null)
+
+
+def for_run(model: Denoiser, timesteps: Sequence[float], y: Tensor) -> Denoiser:
+    """A model for one sampling run, whose calls are known: what its ``for_run`` gives, where it has one."""
+    prepare = getattr(model, "for_run", None)
+    return model if prepare is None else prepare(timesteps, y)
+
+
 def guided_output(
     model: Denoiser,
     x: Tensor,
@@ -81,12 +100,11 @@ def guided_output(
     """
     if guided_channels is not None and guided_channels < 1:
         raise ConfigError(f"guided_channels is {guided_channels}", expected="at least 1, or None for all")
+    given = batch_labels(labels, null, scale)
     if scale == 1:
-        return model(x, t, labels).to(x.dtype)
-    if null is None:
-        raise ConfigError(f"guidance scale {scale:g} for a model without a null class", expected="scale 1")
+        return model(x, t, given).to(x.dtype)
     steps = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-    output = model(torch.cat([x, x]), steps, with_null(labels, null)).to(x.dtype)
+    output = model(torch.cat([x, x]), steps, given).to(x.dtype)
     conditional, without = output.chunk(2)
     channels = x.shape[1] if guided_channels is None else min(guided_channels, x.shape[1])
     return guide(conditional, without, scale, channels)

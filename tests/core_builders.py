@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from dydit.config import DyDiTConfig
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
+from dydit.models.blocks import Conditioning
 from dydit.models.dit import DiT
+from dydit.models.embeddings import batch_timesteps
 from dydit.routing.gates import logit
 from dydit.routing.routing import Routing
 from dydit.runtime import layers
@@ -55,6 +57,12 @@ def small_inputs(shape: ModelShape, batch: int = 3, seed: int = 0) -> tuple[Tens
     if shape.conditioning == "adaln_single":
         return x, torch.randn(batch, shape.context_length, shape.context_dim, generator=generator)
     return x, torch.arange(shape.num_classes, shape.num_classes - batch, -1) % (shape.num_classes + 1)
+
+
+def embedded(model: DiT, x: Tensor, t: float, y: Tensor) -> tuple[Tensor, Conditioning]:
+    """The tokens (B, N, D) that a model's first block gets, and its conditioning."""
+    cond = model.condition(batch_timesteps(t, x), y)
+    return model.embed(x, cond), cond
 
 
 def random_masks(seed: int, steps: int, shape: ModelShape, always_on: bool = True) -> tuple[Any, Any]:

@@ -53,10 +53,13 @@ class Adapter(Protocol):
         """The transformer blocks in order."""
 
     def timestep_embedding(self, model: Any, t: Tensor) -> Tensor:
-        """Timesteps (S,) -> the embedding (S, D) that ``embed`` gives the width routers."""
+        """Timesteps (S,) -> the embedding (S, D) that ``condition`` gives the width routers."""
 
-    def embed(self, model: Any, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
-        """Latents, timesteps, labels -> tokens (B, N, D) and conditioning."""
+    def condition(self, model: Any, t: Tensor, y: Tensor) -> Conditioning:
+        """Timesteps (B,) and labels or texts -> what the blocks are conditioned on."""
+
+    def embed(self, model: Any, x: Tensor, cond: Conditioning) -> Tensor:
+        """Latents (B, C, height, width) -> tokens (B, N, D)."""
 
     def decode(self, model: Any, tokens: Tensor, cond: Conditioning) -> Tensor:
         """Tokens (B, N, D) -> prediction (B, C_out, height, width)."""

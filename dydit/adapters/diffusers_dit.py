@@ -21,7 +21,7 @@ from dydit.costs import ATTENTION_PROJECTIONS, CONDITIONING, DECODER, MLP, PATCH
 from dydit.errors import ShapeError
 from dydit.models.blocks import Conditioning, Modulation, modulate
 from dydit.models.dit import check_latent
-from dydit.models.embeddings import batch_timesteps, check_labels, check_per_sample
+from dydit.models.embeddings import check_labels, check_per_sample
 from dydit.precision import without_autocast
 from dydit.shapes import ModelShape
 
@@ -84,19 +84,18 @@ class DiffusersDiTAdapter:
     def timestep_embedding(self, model: DiTTransformer2DModel, t: Tensor) -> Tensor:
         return _timestep(_embedder(model), _sinusoid(model, t))
 
-    def embed(
-        self, model: DiTTransformer2DModel, x: Tensor, t: Tensor | float, y: Tensor
-    ) -> tuple[Tensor, Conditioning]:
-        shape = self.shape(model)
-        check_latent(x, shape)
-        check_per_sample("labels", y, x.shape[0])
-        check_labels(y, shape.num_classes)
-        sinusoid = _sinusoid(model, batch_timesteps(t, x))
+    def condition(self, model: DiTTransformer2DModel, t: Tensor, y: Tensor) -> Conditioning:
+        check_per_sample("labels", y, t.shape[0])
+        check_labels(y, model.config.num_embeds_ada_norm)
+        sinusoid = _sinusoid(model, t)
         timestep = _timestep(_embedder(model), sinusoid)  # (B, D)
         vector = timestep + _embedder(model).class_embedder.embedding_table(y)
+        return PerBlockConditioning(timestep, vector, sinusoid=sinusoid, labels=y)
+
+    def embed(self, model: DiTTransformer2DModel, x: Tensor, cond: Conditioning) -> Tensor:
+        check_latent(x, self.shape(model))
         # Patches come out channels first, and every later layer would copy its input into rows.
-        tokens = model.pos_embed(x).contiguous()
-        return tokens, PerBlockConditioning(timestep, vector, sinusoid=sinusoid, labels=y)
+        return model.pos_embed(x).contiguous()
 
     def decode(self, model: DiTTransformer2DModel, tokens: Tensor, cond: Conditioning) -> Tensor:
         assert cond.vector is not None

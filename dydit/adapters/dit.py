@@ -26,8 +26,11 @@ class DiTAdapter:
     def timestep_embedding(self, model: DiT, t: Tensor) -> Tensor:
         return model.t_embedder(t)
 
-    def embed(self, model: DiT, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
-        return model.embed(x, t, y)
+    def condition(self, model: DiT, t: Tensor, y: Tensor) -> Conditioning:
+        return model.condition(t, y)
+
+    def embed(self, model: DiT, x: Tensor, cond: Conditioning) -> Tensor:
+        return model.embed(x, cond)
 
     def decode(self, model: DiT, tokens: Tensor, cond: Conditioning) -> Tensor:
         return model.decode(tokens, cond)

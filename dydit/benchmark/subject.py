@@ -26,7 +26,7 @@ from dydit.errors import ConfigError, ScheduleError
 from dydit.export.recording import Start
 from dydit.export.schedule import SubnetSchedule
 from dydit.export.texts import read_texts
-from dydit.guidance import with_null
+from dydit.guidance import batch_labels, for_run
 from dydit.models.dit import DiT
 from dydit.models.presets import preset_arguments
 from dydit.precision import DTYPES
@@ -99,6 +99,7 @@ class Subject:
     def trajectory(self, network: Denoiser, images: int) -> Iterator[tuple[float, Tensor]]:
         """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
         x, labels = self.noise(images)
+        network = for_run(network, self.sampler.call_timesteps, self._given(labels))
         denoiser = _keeping_scale(network, self.settings, x.shape[1]) if self.synthetic else network
         added = torch.Generator(x.device).manual_seed(self.seed)  # the same noise in every run
         return self.sampler.trajectory(denoiser, x, labels, self.model.null_label, added)
@@ -121,10 +122,11 @@ class Subject:
     def noise_call(self, images: int) -> tuple[Tensor, Tensor]:
         """Latents and labels or texts of a call on noise, both halves where the sampler guides."""
         x, labels = self.noise(images)
-        if not self.guided:
-            return x, labels
-        assert self.model.null_label is not None  # else guidance was refused
-        return torch.cat([x, x]), with_null(labels, self.model.null_label)
+        return (torch.cat([x, x]) if self.guided else x), self._given(labels)
+
+    def _given(self, labels: Tensor) -> Tensor:
+        """What the sampler gives the network for labels or texts: both halves where it guides."""
+        return batch_labels(labels, self.model.null_label, self.sampler.guidance_scale)
 
 
 def make_subject(settings: BenchSettings, case: CaseSettings) -> Subject:

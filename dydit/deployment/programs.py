@@ -69,7 +69,7 @@ class _Exporter:
         given = {"latents": self.x, "texts" if self.model.shape.takes_text else "labels": self.y}
         self.result.inputs = {name: [str(one.dtype), *one.shape[1:]] for name, one in given.items()}
         inputs: tuple[Any, ...] = (self.x, self.t, self.y)
-        cond = self.model.adapter.embed(self.model.backbone, *inputs)[1]
+        cond = self.model.adapter.condition(self.model.backbone, self.t, self.y)
         stages = Stages(self.model, type(cond))
         ends = self.result.ends
         ends["embed"], (tokens, fields) = self._export("embed", stages.embed, inputs, (_BATCH,) * 3)

@@ -91,8 +91,8 @@ class Stages:
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Fields]:
         """Latents (B, C, height, width), timesteps (B,), labels to tokens (B, N, D) and conditioning."""
-        tokens, cond = self.adapter.embed(self.backbone, x, t, y)
-        return tokens.contiguous(), fields_of(cond)
+        cond = self.adapter.condition(self.backbone, t, y)
+        return self.adapter.embed(self.backbone, x, cond).contiguous(), fields_of(cond)
 
     def decode(self, tokens: Tensor, cond: Fields) -> Tensor:
         """Tokens (B, N, D) to the prediction (B, C_out, height, width)."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dydit.diffusion.loss import split_output
 from dydit.diffusion.schedulers import SamplingPlan, make_plan
 from dydit.errors import ShapeError
-from dydit.guidance import Denoiser, guided_output
+from dydit.guidance import Denoiser, batch_labels, for_run, guided_output
 
 
 class SamplerSettings(Protocol):
@@ -116,6 +116,7 @@ class Sampler:
         null_label: int | Tensor | None,
         generator: torch.Generator | None,
     ) -> Iterator[tuple[float, Tensor]]:
+        model = for_run(model, self.call_timesteps, batch_labels(labels, null_label, self.guidance_scale))
         scheduler = self.plan.new_scheduler()
         # The scheduler has a clock of its own; its ticks stay on the CPU, so no step waits for the device.
         for call, tick in zip(self.plan.calls, scheduler.timesteps.tolist(), strict=True):

@@ -18,6 +18,7 @@ from dydit.dynamic.masked import BlockGates, masked_block
 from dydit.errors import ConfigError, ShapeError
 from dydit.guidance import forward_with_cfg
 from dydit.models.blocks import Conditioning
+from dydit.models.embeddings import batch_timesteps
 from dydit.models.pretrained import PretrainedModel
 from dydit.routing.gates import GateNoise
 from dydit.routing.routers import BlockRouters, router_shape
@@ -182,7 +183,8 @@ class DyDiT(PretrainedModel, ConfigMixin):
         """
         if capacities is not None:
             self._check_capacities(capacities, gates_given=complete or routing is not None)
-        tokens, cond = self.adapter.embed(self.backbone, x, t, y)
+        cond = self.adapter.condition(self.backbone, batch_timesteps(t, x), y)
+        tokens = self.adapter.embed(self.backbone, x, cond)
         if complete:
             run = _ModelGates(complete=True)
         elif routing is not None:

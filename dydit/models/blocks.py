@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ TRANSPOSED = (
     {torch.float32: range(5, 17), torch.bfloat16: range(2, 17)} if HAS_AMX else {torch.float32: range(2, 5)}
 )
 
+_Conditioning = TypeVar("_Conditioning", bound="Conditioning")
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -31,6 +33,7 @@ class Conditioning:
         shared: modulation (B, 6, D) regressed once for all blocks (adaln_single), else None.
         context: tokens (B, M, D) that cross-attention reads, else None.
         context_mask: (B, 1, 1, M) bool, True where a context token counts; None = all.
+        tokens: (B, M, D) that run behind those of the latents (in_context), else None.
     """
 
     timestep: Tensor
@@ -38,6 +41,16 @@ class Conditioning:
     shared: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def split(self: _Conditioning, samples: int) -> list[_Conditioning]:
+        """Of so many samples each, as views."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: tensor.split(samples) for name, tensor in given.items() if tensor is not None}
+        return [
+            replace(self, **dict(zip(parts, of_samples, strict=True)))
+            for of_samples in zip(*parts.values(), strict=True)
+        ]
 
 
 class Modulation(NamedTuple):
@@ -49,6 +62,12 @@ class Modulation(NamedTuple):
     shift_mlp: Tensor | None = None
     scale_mlp: Tensor | None = None
     gate_mlp: Tensor | None = None
+
+    def split(self, samples: int) -> list[Modulation]:
+        """Of so many samples each, as views."""
+        count = len(next(row for row in self if row is not None)) // samples
+        parts = ([None] * count if row is None else row.split(samples) for row in self)
+        return [Modulation(*rows) for rows in zip(*parts, strict=True)]
 
     def for_tokens(self) -> Modulation:
         """The same as (B, 1, D), to broadcast over tokens, with 1 + scale for a scale."""

@@ -164,7 +164,8 @@ class DiT(PretrainedModel, ConfigMixin):
                 another width.
             DataError: a label lies outside the table.
         """
-        tokens, cond = self.embed(x, t, y)
+        cond = self.condition(batch_timesteps(t, x), y)
+        tokens = self.embed(x, cond)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, cond)
@@ -174,25 +175,29 @@ class DiT(PretrainedModel, ConfigMixin):
 
     forward_with_cfg = forward_with_cfg
 
-    def embed(self, x: Tensor, t: Tensor | float, y: Tensor) -> tuple[Tensor, Conditioning]:
-        """Latents, timesteps and labels to tokens (B, N, D) and the conditioning of the blocks."""
-        check_latent(x, self.shape)
-        # Patches come out channels first, and every later layer would copy its input into rows.
-        tokens = (self.x_embedder(x) + self.pos_embed.to(x.dtype)).contiguous()
-        timestep = self.t_embedder(batch_timesteps(t, x))  # (B, D)
+    def condition(self, t: Tensor, y: Tensor) -> Conditioning:
+        """Timesteps (B,) and labels or texts to what the blocks are conditioned on."""
+        timestep = self.t_embedder(t)  # (B, D)
         if self.shape.conditioning == "adaln_single":
-            check_texts(y, x.shape[0], self.shape.context_dim)
+            check_texts(y, t.shape[0], self.shape.context_dim)
             shared = self.t_block(timestep).unflatten(1, (6, -1))  # (B, 6, D)
-            return tokens, Conditioning(timestep, shared=shared, context=self.y_embedder(y))
-        check_per_sample("labels", y, x.shape[0])
+            return Conditioning(timestep, shared=shared, context=self.y_embedder(y))
+        check_per_sample("labels", y, t.shape[0])
         check_labels(y, self.shape.num_classes, self.shape.null_class)
         label = self.y_embedder(y)  # (B, D)
         pair = torch.stack([timestep, label], dim=1)  # (B, 2, D)
         if self.shape.conditioning == "in_context":
-            return torch.cat([tokens, pair], dim=1), Conditioning(timestep)
+            return Conditioning(timestep, tokens=pair)
         if self.shape.conditioning == "cross_attention":
-            return tokens, Conditioning(timestep, context=pair)
-        return tokens, Conditioning(timestep, vector=timestep + label)
+            return Conditioning(timestep, context=pair)
+        return Conditioning(timestep, vector=timestep + label)
+
+    def embed(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """Latents x (B, C, height, width) to tokens (B, N, D), with those of the conditioning behind them."""
+        check_latent(x, self.shape)
+        # Patches come out channels first, and every later layer would copy its input into rows.
+        tokens = (self.x_embedder(x) + self.pos_embed.to(x.dtype)).contiguous()
+        return tokens if cond.tokens is None else torch.cat([tokens, cond.tokens], dim=1)
 
     def decode(self, tokens: Tensor, cond: Conditioning) -> Tensor:
         """Tokens (B, N, D) to the prediction (B, C_out, height, width)."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dydit.costs import ATTENTION_PROJECTIONS, MLP
+from dydit.costs import ATTENTION_PROJECTIONS, MLP, MODULATION_ROWS
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError, ScheduleError, ShapeError
 from dydit.export.fingerprint import weights_sha256
 from dydit.export.schedule import SubnetSchedule
-from dydit.guidance import forward_with_cfg
-from dydit.models.blocks import Conditioning
+from dydit.guidance import Denoiser, forward_with_cfg
+from dydit.models.blocks import Conditioning, Modulation
 from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.precision import converted_copy
+from dydit.runtime.ahead import Ahead
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.inputs import check_inputs
@@ -93,7 +94,7 @@ class SubnetEngine(nn.Module):
 
     @torch.compiler.disable  # it compiles its own stages; slices come and go between them
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor, ahead: Ahead | None = None) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) as the model in evaluation does.
 
         Args:
@@ -101,6 +102,7 @@ class SubnetEngine(nn.Module):
             t: timesteps (B,), or one number for the whole batch; each must be in the schedule. Samples of
                 different timesteps run in one subnetwork each. A tensor on an accelerator costs one sync:
                 pass a number where all samples share the timestep.
+            ahead: of the run that the call belongs to (``for_run``).
 
         Returns:
             (B, C, height, width), or with ``learn_sigma`` (B, 2C, height, width): noise, then variance.
@@ -118,7 +120,7 @@ class SubnetEngine(nn.Module):
             )
         check_inputs(x, y, self.shape, next(self.model.parameters()))
         if not isinstance(t, Tensor) or t.ndim == 0:
-            return self._run(self.schedule.index_of(float(t)), x, t, y)
+            return self._run(self.schedule.index_of(float(t)), x, t, y, ahead=ahead)
         check_per_sample("timesteps", t, len(x))
         if y.shape[:1] != x.shape[:1]:
             raise ShapeError(
@@ -140,6 +142,22 @@ class SubnetEngine(nn.Module):
         return output
 
     forward_with_cfg = forward_with_cfg
+
+    def for_run(self, timesteps: Sequence[float], y: Tensor) -> Denoiser:
+        """The engine for one sampling run, in one thread; ``Sampler`` asks for it.
+
+        Called as the engine is. On the CPU, not compiled, adaLN's modulations of the next timesteps are
+        computed together, up to 32 samples times timesteps: small batches then take less time. A call that is
+        not the next one of those announced is run as any other.
+
+        Args:
+            timesteps: of the calls, in their order, each as one number.
+            y: of every call: labels (B,), of both halves under guidance, or texts.
+        """
+        modulates = self.shape.conditioning in MODULATION_ROWS
+        if not modulates or self._compile or y.device.type != "cpu":
+            return self
+        return partial(self, ahead=Ahead(self.model, timesteps, y))
 
     def subnetwork(self, timestep: float) -> Subnetwork:
         """The subnetwork of one timestep as a network of its own, to compile, export or capture as one graph.
@@ -211,7 +229,15 @@ class SubnetEngine(nn.Module):
         for block, routers in zip(adapter.blocks(self.model.backbone), self.model.routers, strict=True):
             yield SlicedBlock(adapter, block, routers.token_router, threshold, stages)
 
-    def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor, whole: bool = True) -> Tensor:
+    def _run(
+        self,
+        position: int,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor,
+        whole: bool = True,
+        ahead: Ahead | None = None,
+    ) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it.
 
         Args:
@@ -225,14 +251,24 @@ class SubnetEngine(nn.Module):
             inputs = (x, batch_timesteps(t, x), y)
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
         with self._packs.preparing_next(position, x.device):
-            return self._run_blocks(position, x, t, y)
+            return self._run_blocks(position, x, t, y, ahead)
 
-    def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+    def _run_blocks(
+        self, position: int, x: Tensor, t: Tensor | float, y: Tensor, ahead: Ahead | None = None
+    ) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone
-        tokens, cond = adapter.embed(backbone, x, t, y)
-        tokens = tokens.contiguous()  # the token path works on its rows in place
-        run = self._on_cpu if self._is_on_cpu(tokens) else self._anywhere
-        return adapter.decode(backbone, run(position, tokens, cond), cond)
+        on_cpu = self._is_on_cpu(x)
+        made = ahead.take(float(t), len(x), y) if ahead is not None and on_cpu else None
+        cond = adapter.condition(backbone, batch_timesteps(t, x), y) if made is None else made.cond
+        tokens = adapter.embed(backbone, x, cond).contiguous()  # the token path works on its rows in place
+        if on_cpu:
+            blocks = [*adapter.blocks(backbone)]
+            # Before all blocks: between them, weights that are read once would push tokens out of the caches.
+            modulations = adapter.modulations(blocks, cond) if made is None else made.modulations
+            tokens = self._on_cpu(position, tokens, cond, modulations)
+        else:
+            tokens = self._anywhere(position, tokens, cond)
+        return adapter.decode(backbone, tokens, cond)
 
     def _anywhere(self, position: int, tokens: Tensor, cond: Conditioning) -> Tensor:
         fill_up = self._fills_up
@@ -242,10 +278,10 @@ class SubnetEngine(nn.Module):
             del packed  # else the name would hold the slices while the next block's are made
         return tokens
 
-    def _on_cpu(self, position: int, tokens: Tensor, cond: Conditioning) -> Tensor:
-        adapter, fill_up = self.model.adapter, self._fills_up
-        # All of them before: between blocks, weights that are read once would push tokens out of the caches.
-        modulations = adapter.modulations([*adapter.blocks(self.model.backbone)], cond)
+    def _on_cpu(
+        self, position: int, tokens: Tensor, cond: Conditioning, modulations: Sequence[Modulation]
+    ) -> Tensor:
+        fill_up = self._fills_up
         with self._workspaces.one() as workspace:
             for i, (block, m) in enumerate(zip(self._blocks_on_cpu, modulations, strict=True)):
                 with self._packs.use(position, i) as packed:
@@ -254,9 +290,9 @@ class SubnetEngine(nn.Module):
                 del packed  # else the name would hold the slices while the next block's are made
         return tokens
 
-    def _is_on_cpu(self, tokens: Tensor) -> bool:
+    def _is_on_cpu(self, x: Tensor) -> bool:
         """Whether blocks run in the form for CPUs. fvcore counts the other, of which it knows every part."""
-        if self._compile or tokens.device.type != "cpu":
+        if self._compile or x.device.type != "cpu":
             return False
         return not (torch.is_autocast_enabled("cpu") or torch.jit.is_tracing())
 

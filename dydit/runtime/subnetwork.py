@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
+from dydit.models.embeddings import batch_timesteps
 from dydit.runtime.inputs import check_inputs
 from dydit.runtime.packing import PackedBlock
 from dydit.runtime.sliced import SlicedBlock
@@ -52,8 +53,9 @@ class Subnetwork(nn.Module):
         model, blocks = self._parts
         if not torch.compiler.is_compiling():
             check_inputs(x, y, model.shape, next(model.parameters()))
-        tokens, cond = model.adapter.embed(model.backbone, x, self.timestep, y)
-        tokens = tokens.contiguous()  # the token path works on its rows in place
+        cond = model.adapter.condition(model.backbone, batch_timesteps(self.timestep, x), y)
+        # The token path works on its rows in place.
+        tokens = model.adapter.embed(model.backbone, x, cond).contiguous()
         for part in blocks:
             tokens = part.block(tokens, cond, part.packed, part.capacity)
         return model.adapter.decode(model.backbone, tokens, cond)

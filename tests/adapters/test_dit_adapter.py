@@ -12,7 +12,8 @@ from dydit.shapes import CONDITIONINGS
 def test_the_facts_are_the_models_own_parts(conditioning: str) -> None:
     model, adapter = small_dit(conditioning=conditioning), DiTAdapter()
     x, y = small_inputs(model.shape)
-    tokens, cond = adapter.embed(model, x, 500, y)
+    cond = adapter.condition(model, torch.full((3,), 500.0), y)
+    tokens = adapter.embed(model, x, cond)
     assert adapter.shape(model) is model.shape
     assert torch.equal(adapter.timestep_embedding(model, torch.tensor([500.0] * 3)), cond.timestep)
     for block in adapter.blocks(model):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bench_builders import SMALL
+from core_builders import embedded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,7 +104,7 @@ def test_blocks_are_not_the_identity_and_weights_are_the_same_every_time(subject
     first = subject.static(x, 500.0, y)
     assert isinstance(subject.static, DiT)
     assert first.std() > 0.1
-    block, cond = subject.static.blocks[1], subject.static.embed(x, 500.0, y)
+    block, cond = subject.static.blocks[1], embedded(subject.static, x, 500.0, y)
     assert (block(*cond) - cond[0]).std() > 0.05
     again = subject_of(depth=4, sample_size=16)
     assert again.schedule.weights == subject.schedule.weights

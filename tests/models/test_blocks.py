@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from core_builders import relative_error, small_dit, small_inputs
+from core_builders import embedded, relative_error, small_dit, small_inputs
 from torch import nn
 
 from dydit.models.blocks import (
@@ -70,7 +70,7 @@ def test_modulations_of_all_blocks_are_those_of_each(
 ) -> None:
     model = small_dit(conditioning=conditioning).to(dtype)
     x, y = small_inputs(model.shape, batch=batch)
-    _, cond = model.embed(x.to(dtype), 500.0, y.to(dtype) if y.is_floating_point() else y)
+    _, cond = embedded(model, x.to(dtype), 500.0, y.to(dtype) if y.is_floating_point() else y)
     found = modulations([*model.blocks], cond)
     assert len(found) == len(model.blocks)
     for block, of_block in zip(model.blocks, found, strict=True):
@@ -106,11 +106,10 @@ def test_adaln_zero_block_follows_its_equation() -> None:
 def test_modulation_by_design(conditioning: str) -> None:
     model = small_dit(conditioning=conditioning)
     x, y = small_inputs(model.shape)
-    _, cond = model.embed(x, 5, y)
+    tokens, cond = embedded(model, x, 5, y)
     given = [part is not None for part in model.blocks[0].modulation(cond)]
     expected = {"adaln": [True, True, False] * 2, "adaln_zero": [True] * 6, "adaln_single": [True] * 6}
     assert given == expected.get(conditioning, [False] * 6)
-    tokens, _ = model.embed(x, 5, y)
     assert tokens.shape == (3, model.shape.tokens, 32)
     crossed = model.blocks[0].cross(tokens, cond)
     assert (crossed is tokens) == (conditioning not in ("cross_attention", "adaln_single"))
@@ -120,7 +119,7 @@ def test_modulation_by_design(conditioning: str) -> None:
 def test_the_width_routers_input_is_the_timestep_alone(conditioning: str) -> None:
     model = small_dit(conditioning=conditioning)
     x, y = small_inputs(model.shape)
-    _, one = model.embed(x, 5, y)
-    _, other = model.embed(x.flip(0), 5, y.flip(0))
+    _, one = embedded(model, x, 5, y)
+    _, other = embedded(model, x.flip(0), 5, y.flip(0))
     assert torch.equal(one.timestep, other.timestep)
     assert torch.equal(one.timestep[0], one.timestep[1])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_builders import relative_error, small_dit, small_inputs
+from core_builders import embedded, relative_error, small_dit, small_inputs
 from torch import Tensor
 
 from dydit.errors import DataError, ShapeError
@@ -83,7 +83,7 @@ def test_fresh_adaptive_models_put_out_zero(conditioning: str) -> None:
 def test_fresh_adaln_zero_blocks_are_the_identity() -> None:
     model = DiT(sample_size=8, hidden_size=32, depth=2, num_heads=4)
     x, y = small_inputs(model.shape)
-    tokens, cond = model.embed(x, 5, y)
+    tokens, cond = embedded(model, x, 5, y)
     assert torch.equal(model.blocks[0](tokens, cond), tokens)
 
 
@@ -91,7 +91,7 @@ def test_unpatchify_inverts_the_patch_order() -> None:
     """A decoder that hands each token's patch through puts every pixel back where it was."""
     model = small_dit(hidden_size=12, num_heads=1, sample_size=(4, 6), learn_sigma=False)
     x, y = small_inputs(model.shape, batch=2)
-    _, cond = model.embed(x, 0, y)
+    _, cond = embedded(model, x, 0, y)
     patches = x.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, rows, columns, P, P)
     tokens = patches.permute(0, 2, 3, 4, 5, 1).reshape(2, 6, 12)  # channel last within a patch
     model.final_layer.forward = lambda tokens, cond: tokens  # type: ignore[method-assign]

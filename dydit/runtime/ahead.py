@@ -1,0 +1,62 @@
+"""Conditioning of a sampling run, of several timesteps at once: for small batches on the CPU.
+
+adaLN's layers are a stream of weights from memory: for the few rows of one timestep they take nearly as long
+as for those of many. What a run computes is the same, only sooner.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dydit.dynamic.dydit import DyDiT
+from dydit.models.blocks import Conditioning, Modulation
+
+ROWS = 32  # samples times timesteps: of DiT-XL/2's modulations 12 MB in bfloat16
+
+
+class Conditioned(NamedTuple):
+    """A timestep's conditioning, and each block's modulation for tokens."""
+
+    cond: Conditioning
+    modulations: list[Modulation]
+
+
+class Ahead:
+    """What the calls of one sampling run are conditioned on. For one thread.
+
+    Args:
+        model: in evaluation, on the CPU.
+        timesteps: of the calls, in their order.
+        y: labels (B,) of every call.
+    """
+
+    def __init__(self, model: DyDiT, timesteps: Sequence[float], y: Tensor) -> None:
+        self._model, self._y = model, y.clone()  # a caller may write over its own
+        self._to_come, self._made = deque(timesteps), deque[Conditioned]()
+
+    def take(self, timestep: float, samples: int, y: Tensor) -> Conditioned | None:
+        """Of the next call; None if it is not the one that was to come. Each is computed once."""
+        if not self._to_come or self._to_come[0] != timestep or samples != len(self._y):
+            return None
+        if y.dtype != self._y.dtype or not torch.equal(y, self._y):
+            return None
+        if not self._made:
+            self._made.extend(self._next())
+        self._to_come.popleft()
+        return self._made.popleft()
+
+    def _next(self) -> list[Conditioned]:
+        """Of as many timesteps as ``ROWS`` rows have."""
+        B, adapter, backbone = len(self._y), self._model.adapter, self._model.backbone
+        steps = [*self._to_come][: max(ROWS // B, 1)]
+        t = torch.tensor(steps, dtype=torch.float32, device=self._y.device).repeat_interleave(B)
+        cond = adapter.condition(backbone, t, self._y.repeat(len(steps)))
+        blocks = zip(
+            *(m.split(B) for m in adapter.modulations([*adapter.blocks(backbone)], cond)), strict=True
+        )
+        return [Conditioned(*parts) for parts in zip(cond.split(B), map(list, blocks), strict=True)]
