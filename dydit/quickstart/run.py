@@ -59,7 +59,7 @@ def run_quickstart(
     """
     start, folder = time.perf_counter(), Path(out or DEFAULT_OUT)
     cfg = recipe(steps, ratio, seed, folder)
-    check_new(cfg.output_dir, control_folder(cfg))
+    check_new(cfg.output_dir, *([control_folder(cfg)] if control else []))
     backbone = load_backbone(find_path(str(cfg.backbone)))
     with scoped_rng():
         torch.manual_seed(cfg.seed)  # the token routers start at random
