@@ -33,11 +33,16 @@ AMD EPYC (AVX512) and the Xeon with AMX have instructions for bfloat16, the othe
 shared, and memory is what neighbours slow down most: the static DiT-XL/2 in bfloat16 took 455 to 614 ms per
 call at batch 2 within two hours on the Xeon with AMX (`dydit bench DiT-XL/2 --batch 2 --dtype bf16 --rounds
 12 --no-memory`, time after time). Shares of small batches move with it, as what the engine does not narrow,
-adaLN's weights above all, is read from memory in every call. Of the engine in its form for CPUs ([the block,
-twice](architecture.md#the-block-twice)), which takes less time per call, are the figures of both Xeons, and
-of AMD EPYC (AVX512) those in bfloat16 at full depth or against depth, and those against batch; the others
-are older. Figures in bfloat16, but those at full depth on the Xeon with AMX, are from before MLPs of more
-than 512 tokens ran in half as many sizes, which saves memory."""
+adaLN's weights above all, is read from memory in every call. Figures are of the engine at their date:
+
+- in its form for CPUs ([the block, twice](architecture.md#the-block-twice)), which takes less time per call:
+  those of both Xeons, and of AMD EPYC (AVX512) all but float32 at batch 8, float32 against depth, and against
+  tokens;
+- with half as many sizes of MLPs of more than 512 tokens in bfloat16, which saves memory: those at full depth
+  on AMD EPYC (AVX512) and on the Xeon with AMX;
+- with modulations computed for several timesteps at once in whole runs ([sampling
+  runs](engine.md#sampling-runs)), which takes less time: those at full depth on AMD EPYC (AVX512), but
+  float32 at batch 8."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
