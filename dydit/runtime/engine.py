@@ -18,7 +18,7 @@ from dydit.guidance import Denoiser, forward_with_cfg
 from dydit.models.blocks import Conditioning, Modulation
 from dydit.models.embeddings import batch_timesteps, check_per_sample
 from dydit.precision import converted_copy
-from dydit.runtime.ahead import Ahead
+from dydit.runtime.ahead import Ahead, conditioned_ahead
 from dydit.runtime.compiled import compiled_stages
 from dydit.runtime.graphs import CudaGraphs
 from dydit.runtime.inputs import check_inputs
@@ -94,7 +94,7 @@ class SubnetEngine(nn.Module):
 
     @torch.compiler.disable  # it compiles its own stages; slices come and go between them
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor, ahead: Ahead | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         """Predict the noise of latents x (B, C, height, width) as the model in evaluation does.
 
         Args:
@@ -102,7 +102,6 @@ class SubnetEngine(nn.Module):
             t: timesteps (B,), or one number for the whole batch; each must be in the schedule. Samples of
                 different timesteps run in one subnetwork each. A tensor on an accelerator costs one sync:
                 pass a number where all samples share the timestep.
-            ahead: of the run that the call belongs to (``for_run``).
 
         Returns:
             (B, C, height, width), or with ``learn_sigma`` (B, 2C, height, width): noise, then variance.
@@ -120,7 +119,7 @@ class SubnetEngine(nn.Module):
             )
         check_inputs(x, y, self.shape, next(self.model.parameters()))
         if not isinstance(t, Tensor) or t.ndim == 0:
-            return self._run(self.schedule.index_of(float(t)), x, t, y, ahead=ahead)
+            return self._run(self.schedule.index_of(float(t)), x, t, y)
         check_per_sample("timesteps", t, len(x))
         if y.shape[:1] != x.shape[:1]:
             raise ShapeError(
@@ -157,7 +156,13 @@ class SubnetEngine(nn.Module):
         modulates = self.shape.conditioning in MODULATION_ROWS
         if not modulates or self._compile or y.device.type != "cpu":
             return self
-        return partial(self, ahead=Ahead(self.model, timesteps, y))
+        ahead = Ahead(self.model, timesteps, y)
+
+        def call(x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+            with ahead.calling():  # not an argument: whoever stands in for an engine has the call of a model
+                return self(x, t, y)
+
+        return call
 
     def subnetwork(self, timestep: float) -> Subnetwork:
         """The subnetwork of one timestep as a network of its own, to compile, export or capture as one graph.
@@ -229,15 +234,7 @@ class SubnetEngine(nn.Module):
         for block, routers in zip(adapter.blocks(self.model.backbone), self.model.routers, strict=True):
             yield SlicedBlock(adapter, block, routers.token_router, threshold, stages)
 
-    def _run(
-        self,
-        position: int,
-        x: Tensor,
-        t: Tensor | float,
-        y: Tensor,
-        whole: bool = True,
-        ahead: Ahead | None = None,
-    ) -> Tensor:
+    def _run(self, position: int, x: Tensor, t: Tensor | float, y: Tensor, whole: bool = True) -> Tensor:
         """Run the subnetwork of the schedule's timestep at ``position`` on a batch that shares it.
 
         Args:
@@ -251,14 +248,12 @@ class SubnetEngine(nn.Module):
             inputs = (x, batch_timesteps(t, x), y)
             return self._graphs(position, partial(self._run_blocks, position), *inputs)
         with self._packs.preparing_next(position, x.device):
-            return self._run_blocks(position, x, t, y, ahead)
+            return self._run_blocks(position, x, t, y)
 
-    def _run_blocks(
-        self, position: int, x: Tensor, t: Tensor | float, y: Tensor, ahead: Ahead | None = None
-    ) -> Tensor:
+    def _run_blocks(self, position: int, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
         adapter, backbone = self.model.adapter, self.model.backbone
         on_cpu = self._is_on_cpu(x)
-        made = ahead.take(float(t), len(x), y) if ahead is not None and on_cpu else None
+        made = conditioned_ahead(self.model, t, len(x), y) if on_cpu else None
         cond = adapter.condition(backbone, batch_timesteps(t, x), y) if made is None else made.cond
         tokens = adapter.embed(backbone, x, cond).contiguous()  # the token path works on its rows in place
         if on_cpu:

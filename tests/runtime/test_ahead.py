@@ -151,8 +151,29 @@ def test_under_autocast_it_runs_as_it_does_without() -> None:
 def test_what_is_counted_is_the_call_itself() -> None:
     engine = engine_of(small_dydit())
     x, y = small_inputs(engine.shape)
-    run: Any = engine.for_run(STEPS, y)
-    assert count_macs(run.func, x, STEPS[0], y).total == count_macs(engine, x, STEPS[0], y).total
+
+    class Run(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine, self.run = engine, engine.for_run(STEPS, y)
+
+        def forward(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+            return self.run(x, t, y)
+
+    assert count_macs(Run(), x, STEPS[0], y).total == count_macs(engine, x, STEPS[0], y).total
+
+
+def test_another_engine_called_meanwhile_is_not_in_the_run(conditioned: list[int]) -> None:
+    engine, other = engine_of(small_dydit()), engine_of(small_dydit(1))
+    x, y = small_inputs(engine.shape)
+    expected = other(x, STEPS[0], y)
+    run, heard = engine.for_run(STEPS, y), []
+    with engine.blocks[0].listening(lambda _: heard.append(other(x, STEPS[0], y))):
+        run(x, STEPS[0], y)
+    assert torch.equal(heard[0], expected)
+    conditioned.clear()
+    run(x, STEPS[1], y)
+    assert conditioned == []
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
