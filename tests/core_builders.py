@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from dydit.config import DyDiTConfig
@@ -47,6 +48,17 @@ def small_dit(seed: int = 0, **overrides: Any) -> DiT:
         arguments = {**TEXT, **arguments}
     model = DiT(**arguments)
     randomize(model, seed)
+    return model.eval()
+
+
+def small_diffusers_dit(**overrides: Any) -> DiTTransformer2DModel:
+    """diffusers' model of two blocks, with random weights, in evaluation."""
+    arguments: dict[str, Any] = {
+        "num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 3, "out_channels": 3,
+        "num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10, **overrides,
+    }  # fmt: skip
+    model = DiTTransformer2DModel(**arguments)
+    randomize(model)
     return model.eval()
 
 

@@ -99,10 +99,12 @@ class Subject:
     def trajectory(self, network: Denoiser, images: int) -> Iterator[tuple[float, Tensor]]:
         """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
         x, labels = self.noise(images)
-        network = for_run(network, self.sampler.call_timesteps, self._given(labels))
-        denoiser = _keeping_scale(network, self.settings, x.shape[1]) if self.synthetic else network
+        if self.synthetic:
+            # The sampler, which would announce its run, sees only what keeps the scale.
+            announced = for_run(network, self.sampler.call_timesteps, self._given(labels))
+            network = _keeping_scale(announced, self.settings, x.shape[1])
         added = torch.Generator(x.device).manual_seed(self.seed)  # the same noise in every run
-        return self.sampler.trajectory(denoiser, x, labels, self.model.null_label, added)
+        return self.sampler.trajectory(network, x, labels, self.model.null_label, added)
 
     def sample(self, network: Denoiser, images: int) -> Tensor:
         """The end of a whole sampling run."""

@@ -24,10 +24,10 @@ from core_builders import (
     relative_error,
     route_tokens,
     route_widths,
+    small_diffusers_dit,
     small_dydit,
     small_inputs,
 )
-from diffusers import DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
@@ -150,18 +150,9 @@ def test_without_token_routers(tmp_path: Path) -> None:
     check(deployed(tmp_path, model, schedule), model, schedule)
 
 
-def diffusers_dit() -> DiTTransformer2DModel:
-    backbone = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=2,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    randomize(backbone)
-    return backbone.eval()
-
-
 @pytest.mark.parametrize("capacities", [False, True])
 def test_a_diffusers_model(tmp_path: Path, capacities: bool) -> None:
-    model = dydit.convert(diffusers_dit(), DyDiTConfig(token_router_ratio=4))
+    model = dydit.convert(small_diffusers_dit(), DyDiTConfig(token_router_ratio=4))
     schedule = routed(model, capacities)
     check(deployed(tmp_path, model, schedule), model, schedule)
 
@@ -179,7 +170,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 COMPILED = {
     "2 heads": partial(small_dydit, 0, mixed=False, num_heads=2),
-    "diffusers": lambda: dydit.convert(diffusers_dit(), DyDiTConfig(token_router_ratio=4)),
+    "diffusers": lambda: dydit.convert(small_diffusers_dit(), DyDiTConfig(token_router_ratio=4)),
     **{name: partial(small_dydit, 0, mixed=False, conditioning=name) for name in CONDITIONINGS},
 }
 IN_CI = ("2 heads",)  # each takes minutes on a slow machine
@@ -249,7 +240,7 @@ def test_250_timesteps_take_no_more_programs_than_a_few(tmp_path: Path) -> None:
 def test_components_side_by_side_are_views(tmp_path: Path, separate: bool) -> None:
     config = DyDiTConfig(token_router_ratio=4, mlp_groups=8, always_on=False)
     model = (
-        dydit.convert(diffusers_dit(), config)
+        dydit.convert(small_diffusers_dit(), config)
         if separate
         else small_dydit(0, config, mixed=False, num_heads=8)
     )

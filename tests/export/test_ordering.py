@@ -15,11 +15,11 @@ from core_builders import (
     relative_error,
     route_tokens,
     route_widths,
+    small_diffusers_dit,
     small_dit,
     small_dydit,
     small_inputs,
 )
-from diffusers import DiTTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,12 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def diffusers_dydit(config: DyDiTConfig) -> DyDiT:
-    backbone = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2,
-        sample_size=8, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    randomize(backbone)
-    return convert(backbone.eval(), config, copy=False)
+    return convert(small_diffusers_dit(out_channels=6), config, copy=False)
 
 
 def routed(model: DyDiT, seed: int = 0) -> DyDiT:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_builders import randomize, relative_error, small_dydit, small_inputs
-from diffusers import DiTTransformer2DModel
+from core_builders import relative_error, small_diffusers_dit, small_dydit, small_inputs
 from torch import Tensor
 
 import dydit
@@ -35,12 +34,7 @@ def engine_of(model: DyDiT, mode: Mode = "exact", **options: Any) -> SubnetEngin
 
 
 def diffusers_dydit() -> DyDiT:
-    backbone = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=2,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    randomize(backbone)
-    return dydit.convert(backbone.eval(), DyDiTConfig(token_router_ratio=4))
+    return dydit.convert(small_diffusers_dit(), DyDiTConfig(token_router_ratio=4))
 
 
 MODELS = {
