@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
+
+from dydit.guidance import Denoiser, for_run
+
+
+class _Run(threading.local):
+    """The network for the sampling run that a thread is in, and the network that it was made of."""
+
+    of: nn.Module | None = None
+    denoiser: Denoiser
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """For ``copy.deepcopy`` and ``pickle``: a copy is in no run."""
+        return type(self), ()
 
 
 class PipelineTransformer(nn.Module):
     """A class-conditional network as a pipeline's ``transformer``.
 
-    ``pipeline.transformer = PipelineTransformer(engine)``. The pipeline takes 1000 for the null class, so the
-    network must have 1000 classes; an engine's schedule must hold the timesteps of the pipeline's scheduler.
+    ``pipeline.transformer = PipelineTransformer(engine, pipeline.scheduler)``. The pipeline takes 1000 for
+    the null class, so the network must have 1000 classes; an engine's schedule must hold the timesteps of the
+    pipeline's scheduler.
 
     Args:
         network: a DiT, a DyDiT or a SubnetEngine, with square latents.
+        scheduler: the pipeline's; with it an engine is told the calls of a run before the first of them (see
+            ``SubnetEngine.for_run``).
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
         super().__init__()
         self.network = network
+        self._scheduler: Any = scheduler
+        self._run = _Run()
         shape: Any = network.shape
         self.config = SimpleNamespace(
             sample_size=shape.sample_size[0], in_channels=shape.in_channels, out_channels=shape.out_channels
@@ -52,5 +72,14 @@ class PipelineTransformer(nn.Module):
         Raises:
             As the network does.
         """
-        sample = self.network(hidden_states, timestep, class_labels)
+        sample = self._predict(hidden_states, timestep, class_labels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _predict(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
+        steps = set(timesteps.tolist()) if self._scheduler is not None else ()
+        if len(steps) != 1:
+            return self.network(x, timesteps, y)
+        (t,), calls, run = steps, self._scheduler.timesteps.tolist(), self._run
+        if t == calls[0] or run.of is not self.network:
+            run.of, run.denoiser = self.network, for_run(self.network, calls, y)
+        return run.denoiser(x, t, y)
