@@ -39,6 +39,7 @@ def made_up(*cases: Case, finished: str | None = "2026-01-02T00:00:00+00:00", **
         machine=Machine(
             processor="A processor", device=chosen.device, threads=2, cores=2, system="Linux x86_64",
             python="3.11", torch="2", dydit="0", load=0.25, instructions="AVX2",
+            commit="0123456789",
         ),
         started="2026-01-01T00:00:00+00:00",
         finished=finished,

@@ -41,8 +41,8 @@ adaLN's weights above all, is read from memory in every call. Figures are of the
 - with half as many sizes of MLPs of more than 512 tokens in bfloat16, which saves memory: those at full depth
   on AMD EPYC (AVX512) and on the Xeon with AMX;
 - with modulations computed for several timesteps at once in whole runs ([sampling
-  runs](engine.md#sampling-runs)), which takes less time: those at full depth on AMD EPYC (AVX512), but
-  float32 at batch 8."""
+  runs](engine.md#sampling-runs)), which takes less time: those at full depth on AMD EPYC (AVX512) and on the
+  Xeon with AMX, but float32 at batch 8."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
     "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",

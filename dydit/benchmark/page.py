@@ -64,7 +64,7 @@ def conditions(found: Benchmark) -> str:
         where = f"{_count(machine.threads, 'thread')} on {_count(machine.cores, 'CPU core')}"
     words = [
         f"{machine.name}, {where}, torch {machine.torch}, Python {machine.python}, {machine.system}, "
-        f"dydit {machine.dydit}; {found.started[:10]}{_load(machine.load)}.",
+        f"dydit {machine.dydit}{_commit(machine.commit)}; {found.started[:10]}{_load(machine.load)}.",
         f"{_count(settings['rounds'], 'round')}; "
         f"{'everything' if settings['compile'] else 'nothing'} compiled.",
     ]
@@ -80,6 +80,10 @@ def conditions(found: Benchmark) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _commit(commit: str | None) -> str:
+    return "" if commit is None else f" ({commit})"
 
 
 def _load(load: float | None) -> str:

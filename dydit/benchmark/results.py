@@ -35,6 +35,8 @@ class Machine(_Frozen):
         threads: CPU threads of torch; cores: of the machine, as the process may use them.
         load: processes that wanted to run in the minute before (load average); None where nobody counts them.
         instructions: the widest that torch uses on the CPU, such as AVX2; None on a GPU, and in older files.
+        commit: of the checkout that dydit ran from, with "-dirty" where its code was changed since; None
+            where it is installed, and in older files.
     """
 
     processor: str
@@ -47,6 +49,7 @@ class Machine(_Frozen):
     dydit: str
     load: float | None = None
     instructions: str | None = None
+    commit: str | None = None
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -110,11 +111,27 @@ def _machine(device: str) -> Machine:
         dydit=dydit.__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         instructions=_instructions() if device == "cpu" else None,
+        commit=commit_of(Path(dydit.__file__).parent),
     )
 
 
 def _instructions() -> str:
     return torch.backends.cpu.get_cpu_capability() + (" with AMX" if HAS_AMX else "")
+
+
+def commit_of(package: Path) -> str | None:
+    """Of the git checkout that tracks a package's folder; "-dirty" where the folder was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else it is a checkout of something around it
+        changed = git("status", "--porcelain", ".")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _now() -> str:

@@ -157,6 +157,7 @@ def test_the_page_says_what_it_measured_and_what_is_missing() -> None:
         "`dydit bench DiT-XL/2`",
         "Not complete",
         "bench.png",
+        "dydit 0 (0123456789)",
         "load average 0.25 before",
     ):
         assert words in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,7 +20,7 @@ from dydit.benchmark.measure import Point, time_calls
 from dydit.benchmark.order import rotated, spread
 from dydit.benchmark.peaks import measure_memory
 from dydit.benchmark.results import Benchmark, Case
-from dydit.benchmark.run import run_benchmark
+from dydit.benchmark.run import commit_of, run_benchmark
 from dydit.benchmark.settings import BenchSettings, CaseSettings
 from dydit.benchmark.storage import JSON_NAME, load_benchmark
 from dydit.benchmark.subject import make_subject
@@ -222,3 +224,26 @@ def test_whole_runs_take_turns_in_starting() -> None:
     for round_index in range(3):
         _in_turns(runs, [1], round_index)
     assert started[::3] == ["static", "exact", "capacity"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
+def test_the_commit_is_of_a_checkout_that_tracks_the_package(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    package, installed = tmp_path / "package", tmp_path / "environment"
+    for folder in (package, installed):
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+    git("init")
+    assert commit_of(package) is None
+    git("add", "package")
+    git("commit", "-m", "one")
+    commit = commit_of(package)
+    assert commit is not None and len(commit) >= 10 and not commit.endswith("dirty")
+    assert commit_of(installed) is None, "a checkout of something else, around it"
+    (tmp_path / "notes.txt").touch()
+    assert commit_of(package) == commit
+    (package / "new.py").touch()
+    assert commit_of(package) == f"{commit}-dirty"
