@@ -18,7 +18,7 @@ class _Run(threading.local):
     """The network for the sampling run that a thread is in, and the network that it was made of."""
 
     of: nn.Module | None = None
-    denoiser: Denoiser
+    denoiser: Denoiser | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """For ``copy.deepcopy`` and ``pickle``: a copy is in no run."""
@@ -76,10 +76,14 @@ class PipelineTransformer(nn.Module):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _predict(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
-        steps = set(timesteps.tolist()) if self._scheduler is not None else ()
-        if len(steps) != 1:
+        known = getattr(self._scheduler, "timesteps", None)
+        steps = set(timesteps.tolist()) if known is not None and timesteps.shape == x.shape[:1] else ()
+        if known is None or len(steps) != 1:
             return self.network(x, timesteps, y)
-        (t,), calls, run = steps, self._scheduler.timesteps.tolist(), self._run
-        if t == calls[0] or run.of is not self.network:
-            run.of, run.denoiser = self.network, for_run(self.network, calls, y)
-        return run.denoiser(x, t, y)
+        (t,), calls, run = steps, known.tolist(), self._run
+        denoiser = run.denoiser if run.of is self.network and t != calls[0] else None
+        if denoiser is None:
+            denoiser = for_run(self.network, calls, y)
+        # After the last call nothing is held on to: the network may be replaced.
+        run.of, run.denoiser = (None, None) if t == calls[-1] else (self.network, denoiser)
+        return denoiser(x, t, y)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dydit.compute.machine import held_memory, peak_memory, reset_peak_memory
 from dydit.config import SamplerConfig
 from dydit.errors import DyditError
 from dydit.export.schedule import SubnetSchedule
+from dydit.guidance import Denoiser, for_run
 from dydit.runtime.packing import block_bytes
 
 ROUTERS = "routers.safetensors"
@@ -31,8 +33,8 @@ def measure_memory(subject: Subject, settings: BenchSettings, case: CaseSettings
     """Batch -> peak memory of the static backbone and of each mode of the engine, never compiled.
 
     Each network gets a process that makes or loads the model by itself, and takes the routers and the
-    schedule of ``subject``; it runs the batches in rising order. Engines run every timestep of the schedule:
-    memory grows with the largest masks, and with the sizes that were not met before.
+    schedule of ``subject``; it runs the batches in rising order. Engines run every timestep of the schedule,
+    as one run: memory grows with the largest masks, and with the sizes that were not met before.
 
     Raises:
         DyditError: a process failed.
@@ -87,20 +89,21 @@ def peaks_of(order: dict[str, Any]) -> dict[int, int]:
     settings = BenchSettings(**order["settings"]).model_copy(update={"compile": False})
     device, case = torch.device(settings.device), CaseSettings(**order["case"])
     before = held_memory(device)
-    network, inputs = _network(order, settings, case)
+    network, timesteps, inputs = _network(order, settings, case)
     reset_peak_memory(device)  # reading a file may take more than what is kept of it
     found: dict[int, int] = {}
-    for batch, calls in inputs.items():
-        for t, (x, y) in calls.items():
-            network(x, t, y)
+    for batch, (x, y) in inputs.items():
+        run = for_run(network, timesteps, y)  # as samplers do: it holds more
+        for t in timesteps:
+            run(x, t, y)
         found[batch] = peak_memory(device) - before
     return found
 
 
 def _network(
     order: dict[str, Any], settings: BenchSettings, case: CaseSettings
-) -> tuple[Any, dict[int, dict[float, tuple[Tensor, Tensor]]]]:
-    """The network, without what it does not need, and its calls for every batch size: timestep -> inputs."""
+) -> tuple[Denoiser, Sequence[float], dict[int, tuple[Tensor, Tensor]]]:
+    """The network, without what it does not need; timesteps, and the inputs of all for every batch size."""
     folder = Path(order["folder"])
     model, plan = bare_model(settings, case), SubnetSchedule.load(folder)
     model.dynamic_blocks.load_state_dict(load_file(folder / ROUTERS))
@@ -110,8 +113,7 @@ def _network(
     name = order["network"]
     network = dense(subject.static, False) if name == STATIC else make_engine(subject, settings, name)
     timesteps = plan.timesteps[:2] if name == STATIC else plan.timesteps  # a static call is like another
-    inputs = {batch: subject.noise_call(batch) for batch in case.batches}
-    return network, {batch: dict.fromkeys(timesteps, call) for batch, call in inputs.items()}
+    return network, timesteps, {batch: subject.noise_call(batch) for batch in case.batches}
 
 
 def main() -> None:

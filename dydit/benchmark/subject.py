@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,13 +260,28 @@ def recording_kept(engine: SubnetEngine) -> Iterator[tuple[Denoiser, Callable[[]
     """A denoiser that calls the engine, and what gives the tokens (B, L) that each of its calls kept."""
     seen: list[tuple[float, int, dict[int, Tensor]]] = []
     with record_token_logits(engine) as logits:
+        noting = _Noting(engine, lambda t, rows: seen.append((t, rows, dict(logits))))
+        yield noting, lambda: [kept_tokens(engine, t, rows, scores) for t, rows, scores in seen]
 
-        def call(x: Tensor, t: float, y: Tensor) -> Tensor:
-            output = engine(x, t, y)
-            seen.append((float(t), len(x), dict(logits)))
-            return output
 
-        yield call, lambda: [kept_tokens(engine, t, rows, scores) for t, rows, scores in seen]
+class _Noting:
+    """A denoiser that tells the timestep and the batch of each call after it; a run is announced as without.
+
+    Args:
+        note: takes timestep and samples.
+    """
+
+    def __init__(self, denoiser: Denoiser, note: Callable[[float, int], None]) -> None:
+        self._denoiser, self._note = denoiser, note
+
+    def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+        output = self._denoiser(x, t, y)
+        self._note(float(t), len(x))
+        return output
+
+    def for_run(self, timesteps: Sequence[float], y: Tensor) -> Denoiser:
+        """As ``SubnetEngine.for_run``."""
+        return _Noting(for_run(self._denoiser, timesteps, y), self._note)
 
 
 def _record(subject: Subject, engine: SubnetEngine, images: int) -> dict[float, tuple[Tensor, Tensor]]:

@@ -119,9 +119,12 @@ def _transposed(x: Tensor) -> bool:
 
 def rows_of_layers(layers: Sequence[Any], x: Tensor) -> Tensor:
     """Rows (L, B, out) that each of several ``ModulationLinear`` gives for x (B, D)."""
-    if not _transposed(x):
-        return torch.stack([layer(x) for layer in layers])
-    return torch.stack([layer.columns(x) for layer in layers]).transpose(1, 2).contiguous()
+    if _transposed(x):  # few rows; to transpose each by itself would take longer
+        return torch.stack([layer.columns(x) for layer in layers]).transpose(1, 2).contiguous()
+    found = x.new_empty(len(layers), len(x), layers[0].out_features)
+    for rows, layer in zip(found, layers, strict=True):
+        rows.copy_(layer(x))  # of many rows, all at once would take memory twice
+    return found
 
 
 class CrossAttention(nn.Module):

@@ -154,8 +154,8 @@ class SubnetEngine(nn.Module):
             y: of every call: labels (B,), of both halves under guidance, or texts.
         """
         modulates = self.shape.conditioning in MODULATION_ROWS
-        if not modulates or self._compile or y.device.type != "cpu":
-            return self
+        if not modulates or self._compile or y.device.type != "cpu" or y.ndim != 1:
+            return self  # which also refuses labels of another shape
         ahead = Ahead(self.model, timesteps, y)
 
         def call(x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from core_builders import randomize, route_widths, small_dit
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PNDMScheduler
 from torch import nn
 
 from dydit.adapters.diffusers_pipeline import PipelineTransformer
 from dydit.config import DyDiTConfig
 from dydit.dynamic.convert import convert
 from dydit.dynamic.dydit import DyDiT
+from dydit.errors import ShapeError
 from dydit.export.schedule import SubnetSchedule
 from dydit.runtime.ahead import Ahead, Conditioned
 from dydit.runtime.engine import SubnetEngine
@@ -132,14 +136,35 @@ def test_another_network_and_other_calls_than_the_scheduler_s(engine: SubnetEngi
     wrapped = PipelineTransformer(engine, scheduler)
     x, y = torch.randn(2, 4, 4, 4), torch.tensor(CLASSES)
     first, second, last = (t.expand(2) for t in scheduler.timesteps)
-    for t in first, last, second, first, torch.stack([first[0], last[0]]):
+    for t in first, last, second, first, torch.stack([first[0], last[0]]), first[0]:
         torch.testing.assert_close(wrapped(x, t, y).sample, engine(x, t, y), atol=1e-5, rtol=1e-5)
     for copied in copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped)):
         torch.testing.assert_close(copied(x, second, y).sample, engine(x, second, y))
+    for wrong in first[:1], first[:1].expand(7), first.unsqueeze(1):
+        with pytest.raises(ShapeError, match="timesteps of shape"):
+            wrapped(x, wrong, y)
+    unset = PipelineTransformer(engine, PNDMScheduler())  # has no timesteps yet
+    assert torch.equal(unset(x, first, y).sample, engine(x, first, y))
     wrapped(x, first, y)
     wrapped.network = small_dit(sample_size=4, in_channels=4)
     labels = torch.tensor([0, 3])
     assert torch.equal(wrapped(x, second, labels).sample, wrapped.network(x, second, labels))
+
+
+@pytest.mark.parametrize("calls", [range(STEPS), [0, 0], [0, 1, 0, STEPS - 1]])
+def test_a_network_that_is_replaced_is_not_held_on_to(calls: Sequence[int]) -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    wrapped = PipelineTransformer(small_dit(sample_size=4, in_channels=4), scheduler)
+    first, x, y = weakref.ref(wrapped.network), torch.randn(2, 4, 4, 4), torch.tensor([0, 3])
+    for index in calls:
+        wrapped(x, scheduler.timesteps[index].expand(2), y)
+    wrapped.network = small_dit(sample_size=4, in_channels=4)
+    if calls[-1] != STEPS - 1:  # broken off: until the next call
+        assert first() is not None
+        wrapped(x, scheduler.timesteps[1].expand(2), y)
+    gc.collect()
+    assert first() is None
 
 
 def test_the_interface() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from bench_builders import SMALL
+from bench_builders import SMALL, peaks_in_this_process
 from core_builders import embedded
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dydit.benchmark import peaks
+from dydit.benchmark.peaks import measure_memory
 from dydit.benchmark.settings import BenchSettings, CaseSettings, plan_cases
 from dydit.benchmark.subject import Subject, make_subject, recording_kept
 from dydit.benchmark.synthetic import even_share
@@ -21,10 +25,12 @@ from dydit.compute.engine import count_engine, engine_table
 from dydit.config import DyDiTConfig
 from dydit.costs import outer_macs, static_macs
 from dydit.dynamic.compute_loss import deployed_cost
+from dydit.dynamic.dydit import DyDiT
 from dydit.errors import ConfigError
 from dydit.models.dit import DiT
 from dydit.runtime import engine as engine_module
 from dydit.runtime import on_cpu, sliced
+from dydit.runtime.ahead import Ahead
 from dydit.runtime.engine import SubnetEngine
 from dydit.runtime.sliced import filled_up
 from dydit.shapes import ModelShape
@@ -43,6 +49,20 @@ def subject() -> Subject:
     return subject_of(depth=4, sample_size=16)
 
 
+@pytest.fixture()
+def announced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
+    """Timesteps of each run that an engine is told before its first call."""
+    seen: list[tuple[float, ...]] = []
+    original = Ahead.__init__
+
+    def init(self: Ahead, model: DyDiT, timesteps: Sequence[float], y: torch.Tensor) -> None:
+        seen.append(tuple(timesteps))
+        original(self, model, timesteps, y)
+
+    monkeypatch.setattr(Ahead, "__init__", init)
+    return seen
+
+
 def deployed_ratio(subject: Subject, images: int = 8) -> float:
     """Compute of every call of a sampling run over the static one's."""
     engine = SubnetEngine(subject.model, subject.schedule)
@@ -51,6 +71,28 @@ def deployed_ratio(subject: Subject, images: int = 8) -> float:
         counts = kept()
     macs = [engine_table(engine, t, k).total for t, k in zip(subject.schedule.timesteps, counts, strict=True)]
     return float(np.mean(macs)) / images / static_macs(subject.model.shape)
+
+
+def test_a_run_that_is_counted_is_the_one_that_is_timed(
+    subject: Subject, announced: list[tuple[float, ...]]
+) -> None:
+    """Announced, as roundings decide which of the tokens near the threshold are kept."""
+    engine = SubnetEngine(subject.model, subject.schedule)
+    timed = subject.sample(engine, 2)
+    with recording_kept(engine) as (call, kept):
+        assert torch.equal(subject.sample(call, 2), timed)
+        assert len(kept()) == len(subject.schedule.timesteps)
+    assert announced == [tuple(subject.sampler.call_timesteps)] * 2
+
+
+def test_memory_is_measured_in_an_announced_run(
+    subject: Subject, announced: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peaks, "subprocess", SimpleNamespace(run=peaks_in_this_process))
+    chosen = BenchSettings(**{**SMALL, "depth": 4, "sample_size": 16})
+    case = CaseSettings(dtype="fp32", batches=(1, 2), sample_size=16, depth=4)
+    measure_memory(subject, chosen, case)
+    assert announced == [tuple(subject.schedule.timesteps)] * 2 * len(chosen.modes)
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.5, 0.7])

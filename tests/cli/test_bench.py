@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_builders import peaks_in_this_process
 from calibration_builders import routed_dydit
 from core_builders import small_dit, small_inputs
 from safetensors.torch import save_file
@@ -111,13 +112,8 @@ def test_guidance_without_a_null_class_is_told_before_any_work(command: Any, tmp
     assert "has no null class; expected a scale of 1; add --no-guidance" in told
 
 
-def in_this_process(_: Any, input: str, **__: Any) -> Any:
-    """What a process of its own would say, without its start."""
-    return SimpleNamespace(returncode=0, stdout=json.dumps(peaks.peaks_of(json.loads(input))))
-
-
 def test_a_model_that_takes_text(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peaks.subprocess, "run", in_this_process)
+    monkeypatch.setattr(peaks, "subprocess", SimpleNamespace(run=peaks_in_this_process))
     model, texts = routed_dydit(conditioning="adaln_single"), tmp_path / "texts.safetensors"
     model.save_pretrained(tmp_path / "model")
     save_file({"texts": small_inputs(model.shape, batch=2)[1]}, texts)

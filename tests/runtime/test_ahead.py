@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -108,6 +109,30 @@ def test_other_calls_are_run_as_any_other(conditioned: list[int]) -> None:
         run(x, t, y)
     assert conditioned == [30, 3]
     assert torch.equal(run(x, STEPS[0], y), engine(x, STEPS[0], y))  # one too many
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (3, 4)])
+def test_labels_of_another_shape_are_refused_as_in_any_call(shape: tuple[int, ...]) -> None:
+    engine = engine_of(small_dydit())
+    x, _ = small_inputs(engine.shape)
+    wrong = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ShapeError, match="labels of shape") as alone:
+        engine(x, STEPS[0], wrong)
+    with pytest.raises(ShapeError) as announced:
+        engine.for_run(STEPS, wrong)(x, STEPS[0], wrong)
+    assert str(announced.value) == str(alone.value)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.bfloat16, torch.float32)])
+def test_a_model_that_is_converted_within_a_run(dtypes: Sequence[torch.dtype]) -> None:
+    engine = engine_of(small_dydit())
+    x, y = small_inputs(engine.shape)
+    run = engine.for_run(STEPS, y)
+    run(x, STEPS[0], y)
+    for dtype in dtypes:
+        engine.model.to(dtype)
+    x = x.to(dtypes[-1])
+    assert torch.equal(run(x, STEPS[1], y), engine(x, STEPS[1], y))
 
 
 def test_labels_that_are_written_over_are_other_labels() -> None:
