@@ -39,14 +39,18 @@ adaLN's weights above all, is read from memory in every call. Figures are of the
   those of both Xeons, and of AMD EPYC (AVX512) all but float32 at batch 8, float32 against depth, and against
   tokens;
 - with half as many sizes of MLPs of more than 512 tokens in bfloat16, which saves memory: those at full depth
-  on AMD EPYC (AVX512) and on the Xeon with AMX;
+  on AMD EPYC (AVX512) and on the Xeon with AMX, outside of sweeps;
 - with modulations computed for several timesteps at once in whole runs ([sampling
   runs](engine.md#sampling-runs)), which takes less time: those at full depth on AMD EPYC (AVX512) and on the
-  Xeon with AMX, but float32 at batch 8."""
+  Xeon with AMX, but float32 at batch 8.
+
+Memory is that of a run as samplers make it on the Xeon with AMX in bfloat16 at batch 2; all other figures of
+it are of single calls, without the modulations of several timesteps, which take up to 12 MB in bfloat16 and
+25 MB in float32."""
 _SPEEDUPS = "Time of the static backbone over the engine's; the commands stand beside the measurements below."
 _SPEEDUP_HEADER = (
-    "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls",
-    "speed-up, whole runs", "ideal",
+    "subject", "machine", "dtype", "batch", "rounds", "mode", "speed-up, single calls", "ideal",
+    "speed-up, whole runs", "ideal of whole runs",
 )  # fmt: skip
 _BOUNDS = f"""\
 The bound of whole runs is the share of single calls less {RUN_MARGIN}. As batch, tokens or depth grow, the
@@ -96,8 +100,9 @@ def _speedups(collection: Sequence[Benchmark]) -> Table:
             f"{case.dtype}, compiled" if found.settings["compile"] else case.dtype, str(case.batch),
             str(found.settings["rounds"]), mode,
             f"{case.speedup(mode).median:.2f}×",
-            DASH if case.whole_run is None else f"{case.whole_run.speedup(mode).median:.2f}×",
             f"{case.ideal(mode):.2f}×",
+            DASH if case.whole_run is None else f"{case.whole_run.speedup(mode).median:.2f}×",
+            DASH if case.whole_run is None else f"{case.whole_run.ideal(mode):.2f}×",
         )
         for found in collection if found.is_whole for case in found.cases for mode in case.modes
     ]  # fmt: skip

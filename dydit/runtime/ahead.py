@@ -40,7 +40,7 @@ class Ahead:
 
     def __init__(self, model: DyDiT, timesteps: Sequence[float], y: Tensor) -> None:
         self._model, self._y = model, y.clone()  # a caller may write over its own
-        self._place = _place_of(model)
+        self._weight = next(model.parameters()).data  # kept, so that no other takes its place
         self._to_come, self._made = deque(timesteps), deque[Conditioned]()
 
     @contextmanager
@@ -54,8 +54,8 @@ class Ahead:
 
     def take(self, model: DyDiT, timestep: float, samples: int, y: Tensor) -> Conditioned | None:
         """Of the next call; None if it is not the one that was to come. Each is computed once."""
-        if model is not self._model or self._place != _place_of(model):
-            return None
+        if model is not self._model or next(model.parameters()).data_ptr() != self._weight.data_ptr():
+            return None  # moved or converted since
         if not self._to_come or self._to_come[0] != timestep or samples != len(self._y):
             return None
         if y.dtype != self._y.dtype or not torch.equal(y, self._y):
@@ -74,12 +74,6 @@ class Ahead:
         of_blocks = [m.split(B) for m in adapter.modulations([*adapter.blocks(backbone)], cond)]
         of_steps = map(list, zip(*of_blocks, strict=True))
         return [Conditioned(*parts) for parts in zip(cond.split(B), of_steps, strict=True)]
-
-
-def _place_of(model: DyDiT) -> tuple[int, torch.dtype]:
-    """Where the weights are, which move together: elsewhere when the model was moved or converted."""
-    weight = next(model.parameters())
-    return weight.data_ptr(), weight.dtype
 
 
 def conditioned_ahead(model: DyDiT, t: Tensor | float, samples: int, y: Tensor) -> Conditioned | None:
