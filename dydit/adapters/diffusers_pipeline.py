@@ -76,9 +76,9 @@ class PipelineTransformer(nn.Module):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _predict(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
-        known = getattr(self._scheduler, "timesteps", None)
+        known: Any = getattr(self._scheduler, "timesteps", None)
         steps = set(timesteps.tolist()) if known is not None and timesteps.shape == x.shape[:1] else ()
-        if known is None or len(steps) != 1:
+        if len(steps) != 1:
             return self.network(x, timesteps, y)
         (t,), calls, run = steps, known.tolist(), self._run
         denoiser = run.denoiser if run.of is self.network and t != calls[0] else None

@@ -100,9 +100,7 @@ class Subject:
         """The steps of a whole sampling run of ``network`` from ``noise``, as ``Sampler.trajectory``."""
         x, labels = self.noise(images)
         if self.synthetic:
-            # The sampler, which would announce its run, sees only what keeps the scale.
-            announced = for_run(network, self.sampler.call_timesteps, self._given(labels))
-            network = _keeping_scale(announced, self.settings, x.shape[1])
+            network = _keeping_scale(network, self.settings, x.shape[1])
         added = torch.Generator(x.device).manual_seed(self.seed)  # the same noise in every run
         return self.sampler.trajectory(network, x, labels, self.model.null_label, added)
 
@@ -124,11 +122,8 @@ class Subject:
     def noise_call(self, images: int) -> tuple[Tensor, Tensor]:
         """Latents and labels or texts of a call on noise, both halves where the sampler guides."""
         x, labels = self.noise(images)
-        return (torch.cat([x, x]) if self.guided else x), self._given(labels)
-
-    def _given(self, labels: Tensor) -> Tensor:
-        """What the sampler gives the network for labels or texts: both halves where it guides."""
-        return batch_labels(labels, self.model.null_label, self.sampler.guidance_scale)
+        given = batch_labels(labels, self.model.null_label, self.sampler.guidance_scale)
+        return (torch.cat([x, x]) if self.guided else x), given
 
 
 def make_subject(settings: BenchSettings, case: CaseSettings) -> Subject:
@@ -233,6 +228,24 @@ def _sampler_settings(settings: BenchSettings, plan: SubnetSchedule | None = Non
     return SamplerConfig(**fields).check_kind(known)
 
 
+class _Followed:
+    """A denoiser, and what is done with each of its outputs; told of a run, it tells the denoiser.
+
+    Args:
+        then: takes latents, timestep and output of a call, and gives what is returned.
+    """
+
+    def __init__(self, denoiser: Denoiser, then: Callable[[Tensor, float, Tensor], Tensor]) -> None:
+        self._denoiser, self._then = denoiser, then
+
+    def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+        return self._then(x, t, self._denoiser(x, t, y))
+
+    def for_run(self, timesteps: Sequence[float], y: Tensor) -> Denoiser:
+        """As ``SubnetEngine.for_run``."""
+        return _Followed(for_run(self._denoiser, timesteps, y), self._then)
+
+
 def _keeping_scale(network: Denoiser, settings: SamplerConfig, channels: int) -> Denoiser:
     """A network of random weights beside the best linear prediction for data ~ N(0, 1).
 
@@ -247,12 +260,12 @@ def _keeping_scale(network: Denoiser, settings: SamplerConfig, channels: int) ->
             return (2 * u - 1) / ((1 - u) ** 2 + u**2)
         return float((1 - signal[round(t)]) ** 0.5)  # E[ε | x_t]
 
-    def denoise(x: Tensor, t: float, y: Tensor) -> Tensor:
-        output = network(x, t, y).mul_(OWN_PART)
+    def add_linear(x: Tensor, t: float, output: Tensor) -> Tensor:
+        output.mul_(OWN_PART)
         output[:, :channels] += linear(float(t)) * x
         return output
 
-    return denoise
+    return _Followed(network, add_linear)
 
 
 @contextmanager
@@ -260,28 +273,13 @@ def recording_kept(engine: SubnetEngine) -> Iterator[tuple[Denoiser, Callable[[]
     """A denoiser that calls the engine, and what gives the tokens (B, L) that each of its calls kept."""
     seen: list[tuple[float, int, dict[int, Tensor]]] = []
     with record_token_logits(engine) as logits:
-        noting = _Noting(engine, lambda t, rows: seen.append((t, rows, dict(logits))))
-        yield noting, lambda: [kept_tokens(engine, t, rows, scores) for t, rows, scores in seen]
 
+        def note(x: Tensor, t: float, output: Tensor) -> Tensor:
+            seen.append((float(t), len(x), dict(logits)))
+            return output
 
-class _Noting:
-    """A denoiser that tells the timestep and the batch of each call after it; a run is announced as without.
-
-    Args:
-        note: takes timestep and samples.
-    """
-
-    def __init__(self, denoiser: Denoiser, note: Callable[[float, int], None]) -> None:
-        self._denoiser, self._note = denoiser, note
-
-    def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
-        output = self._denoiser(x, t, y)
-        self._note(float(t), len(x))
-        return output
-
-    def for_run(self, timesteps: Sequence[float], y: Tensor) -> Denoiser:
-        """As ``SubnetEngine.for_run``."""
-        return _Noting(for_run(self._denoiser, timesteps, y), self._note)
+        call = _Followed(engine, note)
+        yield call, lambda: [kept_tokens(engine, t, rows, scores) for t, rows, scores in seen]
 
 
 def _record(subject: Subject, engine: SubnetEngine, images: int) -> dict[float, tuple[Tensor, Tensor]]:
